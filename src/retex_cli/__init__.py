@@ -1,0 +1,283 @@
+"""retex: merge fine-tuned experts into one checkpoint and bring every one of them back from it.
+
+Each command of the ``retex`` tool is a function here that takes the same words: ``merge``, ``fit_offsets``,
+``build_signatures``, ``recover``, ``evaluate``, ``identify``, ``inspect`` and ``init``. Each plans, which checks
+everything and writes nothing, then runs, and returns the report that the command would print. Model references are
+paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a folder or ``-`` for standard output.
+``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
+
+Importing this module imports nothing heavy: torch is loaded by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from retex_cli.errors import GateMissed, RetexError, UsageError
+from retex_cli.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from retex_cli.commands.build_signatures import BuildSignaturesReport
+    from retex_cli.commands.eval import EvalReport
+    from retex_cli.commands.fit_offsets import FitOffsetsReport
+    from retex_cli.commands.identify import IdentifyReport
+    from retex_cli.commands.init import InitReport
+    from retex_cli.commands.inspect import InspectReport
+    from retex_cli.commands.merge_report import MergeReport
+    from retex_cli.commands.recover import RecoverReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GateMissed",
+    "RetexError",
+    "UsageError",
+    "__version__",
+    "build_signatures",
+    "evaluate",
+    "fit_offsets",
+    "identify",
+    "init",
+    "inspect",
+    "merge",
+    "recover",
+]
+
+
+def init(
+    folder: str = ".",
+    *,
+    base: str | None = None,
+    experts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Write a commented ``retex.toml`` into ``folder``, with the base and the experts that are known already."""
+    from retex_cli.commands import init as command
+
+    config = command.InitConfig(folder=folder, base=base, experts=experts or {}, overwrite=overwrite)
+    return command.run(command.plan(config), progress or Silent())
+
+
+def merge(
+    base: str,
+    experts: Mapping[str, str],
+    output: str,
+    *,
+    method: str = "average",
+    options: Mapping[str, object] | None = None,
+    overrides: Mapping[str, Mapping[str, object]] | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    max_memory: int | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unrelated: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge ``experts`` (task name to reference) into one checkpoint of the base's shape.
+
+    ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
+    ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's.
+    """
+    from retex_cli.commands import merge as command
+
+    config = command.MergeConfig(
+        base=base,
+        experts=experts,
+        output=output,
+        method=method,
+        options=options or {},
+        overrides=overrides or {},
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        allow_missing=tuple(allow_missing),
+        allow_unrelated=allow_unrelated,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def fit_offsets(
+    merged: str,
+    experts: Mapping[str, str],
+    output: str,
+    *,
+    budget: str = "0.25%",
+    base: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FitOffsetsReport:
+    """Fit the offsets from ``merged`` to every expert, at most ``budget`` per task, and write them to one file.
+
+    ``base`` is needed only where an expert is a LoRA adapter.
+    """
+    from retex_cli.commands import fit_offsets as command
+
+    config = command.FitOffsetsConfig(
+        merged=merged,
+        experts=experts,
+        output=output,
+        budget=budget,
+        base=base,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def build_signatures(
+    merged: str,
+    inputs: Mapping[str, str],
+    output: str,
+    *,
+    preset: str = "default",
+    base: str | None = None,
+    samples: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BuildSignaturesReport:
+    """Describe every task by ``samples`` of its unlabelled ``inputs`` (task name to path) and write one file."""
+    from retex_cli.commands import build_signatures as command
+
+    config = command.BuildSignaturesConfig(
+        merged=merged,
+        inputs=inputs,
+        output=output,
+        preset=preset,
+        base=base,
+        samples=samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def recover(
+    merged: str,
+    offsets: str,
+    output: str,
+    *,
+    task: str | None = None,
+    signatures: str | None = None,
+    input: Sequence[str] = (),
+    mix: Mapping[str, float] | None = None,
+    soft: bool = False,
+    head: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RecoverReport:
+    """Bring back one expert: by ``task``, by the task that ``input`` belongs to, or as a ``mix`` whose shares sum to 1.
+
+    ``soft`` with an identified task mixes experts by how well they fit; ``head`` names whose head a mix gets.
+    """
+    from retex_cli.commands import recover as command
+
+    config = command.RecoverConfig(
+        merged=merged,
+        offsets=offsets,
+        signatures=signatures,
+        output=output,
+        task=task,
+        input=tuple(input),
+        mix=mix or {},
+        soft=soft,
+        head=head,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def evaluate(
+    merged: str,
+    offsets: str,
+    experts: Mapping[str, str],
+    tests: Mapping[str, str],
+    *,
+    signatures: str | None = None,
+    base: str | None = None,
+    output: str | None = None,
+    logits: str | None = None,
+    protocols: Sequence[str] = ("K", "E", "H"),
+    fail_under: str | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
+
+    ``output`` keeps the report as JSON, ``logits`` every model's logits. Raises GateMissed, which carries the report,
+    where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
+    """
+    from retex_cli.commands import eval as command
+
+    config = command.EvalConfig(
+        merged=merged,
+        offsets=offsets,
+        signatures=signatures,
+        experts=experts,
+        tests=tests,
+        base=base,
+        output=output,
+        logits=logits,
+        protocols=tuple(protocols),
+        fail_under=fail_under,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def identify(
+    merged: str,
+    signatures: str,
+    inputs: Sequence[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> IdentifyReport:
+    """Tell which task each of ``inputs`` belongs to, and how sure that is."""
+    from retex_cli.commands import identify as command
+
+    config = command.IdentifyConfig(
+        merged=merged, signatures=signatures, inputs=tuple(inputs), device=device, threads=threads
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def inspect(path: str, *, progress: Progress | None = None) -> InspectReport:
+    """Say what a checkpoint or an artefact holds and how it was made."""
+    from retex_cli.commands import inspect as command
+
+    return command.run(command.plan(command.InspectConfig(path=path)), progress or Silent())

@@ -1,0 +1,244 @@
+"""The commands that make the three artefacts: merge, fit-offsets, build-signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from retex_cli.cli import options as shared
+from retex_cli.cli.output import How, note
+from retex_cli.cli.perform import perform
+from retex_cli.cli.values import pairs, scalar, settings, size
+from retex_cli.errors import UsageError
+from retex_cli.workspace import MERGED, OFFSETS, SIGNATURES, MergeSection, Workspace
+
+Overrides = dict[str, dict[str, object]]
+
+
+def merge(
+    base: shared.Base = None,
+    expert: shared.Experts = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="How to merge; docs/methods.md lists all. [default: average]"),
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option("--scope", metavar="tensor|global", help="Where ties takes its top-k.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="SHARE", help="Share of each task vector that is kept.")
+    ] = None,
+    alpha: Annotated[
+        str | None, typer.Option("--alpha", metavar="SCALE", help="Scale of the merged task vector.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[GLOB:]NAME=VALUE",
+            help="Any option of the method, for the parameters that match. Repeat.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="OUT", help="NAME.safetensors, a folder or -. [default: merged/]"),
+    ] = None,
+    dtype: shared.DType = None,
+    max_shard_size: shared.ShardSize = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="A budget for the tensors held at once.")
+    ] = None,
+    allow_missing: shared.AllowMissing = None,
+    allow_unrelated: Annotated[
+        bool, typer.Option("--allow-unrelated", help="Merge experts that were not tuned from this base; recorded.")
+    ] = False,
+    device: shared.Device = "auto",
+    threads: shared.Threads = None,
+    seed: shared.Seed = 0,
+    overwrite: shared.Overwrite = False,
+    workspace: shared.Place = None,
+    dry_run: shared.DryRun = False,
+    quiet: shared.Quiet = False,
+    as_json: shared.Json = False,
+    debug: shared.Debug = False,
+) -> None:
+    """Merge experts into one checkpoint.
+
+    The result has the base's shape and names and loads wherever the base does.
+
+    \b
+    retex merge --method ties
+    retex merge --base org/base --expert cars=org/base-cars --expert dtd=dtd/ -o merged/
+    """
+    how = How(dry_run, quiet, as_json, streams=output == "-")
+    space = Workspace.load(workspace)
+    flags: dict[str, object] = {"scope": scope, "density": density, "alpha": None if alpha is None else scalar(alpha)}
+    common, by_glob = settings(setting, "--set")
+    chosen, options, overrides = method_options(space.merge, method, {**flags, **common}, by_glob)
+    shard = size(str(max_shard_size or space.merge.max_shard_size or "5GB"), "--max-shard-size")
+    memory = None if max_memory is None else size(max_memory, "--max-memory")
+    given = pairs(expert, "--expert")
+    start, experts = space.need_base(base), space.with_experts(given)
+    from retex_cli.commands import merge as command
+
+    config = command.MergeConfig(
+        base=start,
+        experts=experts,
+        output=output or space.path(MERGED),
+        method=chosen,
+        options=options,
+        overrides=overrides,
+        dtype=dtype or space.merge.dtype,
+        max_shard_size=shard,
+        max_memory=memory,
+        allow_missing=(*space.merge.allow_missing, *(allow_missing or ())),
+        allow_unrelated=allow_unrelated,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    said = {method, *(name for name, value in flags.items() if value is not None), *common, *by_glob}
+    with _blaming_the_file(space, said):
+        perform(command.plan, command.run, config, how)
+
+
+@contextmanager
+def _blaming_the_file(space: Workspace, said_by_flags: Collection[str | None]) -> Iterator[None]:
+    """A usage error about something that only ``[merge]`` says names the file."""
+    section = space.merge
+    said = {section.method, *section.options, *section.overrides}.union(*section.overrides.values())
+    try:
+        yield
+    except UsageError as error:
+        if any(repr(name) in error.message for name in said.difference(said_by_flags, [None])):
+            raise UsageError(f"{space.where}: [merge]: {error.message}", error.hint) from error
+        raise
+
+
+def method_options(
+    section: MergeSection, method: str | None, flags: Mapping[str, object], by_glob: Overrides
+) -> tuple[str, dict[str, object], Overrides]:
+    """Method, its options and overrides: the file's, with flags on top.
+
+    Options in the file belong to the method in the file: another ``--method`` leaves them behind, and a note says so.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    chosen = method or section.method or "average"
+    if method is not None and section.method is not None and method != section.method:
+        left = sorted({*section.options, *(f"override {glob!r}" for glob in section.overrides)})
+        if left:
+            note(f"options of {section.method} in [merge] are not used with --method {method}: {', '.join(left)}")
+        return chosen, given, by_glob
+    overrides: Overrides = {glob: dict(values) for glob, values in section.overrides.items()}
+    for glob, values in by_glob.items():
+        overrides.setdefault(glob, {}).update(values)
+    return chosen, {**section.options, **given}, overrides
+
+
+def fit_offsets(
+    expert: shared.Experts = None,
+    merged: shared.Merged = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="SIZE", help="Per task: 0.25%, 80KB, 1MB or 0.1bpp. [default: 0.25%]"),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The offsets. [default: offsets.safetensors]"),
+    ] = None,
+    device: shared.Device = "auto",
+    threads: shared.Threads = None,
+    overwrite: shared.Overwrite = False,
+    workspace: shared.Place = None,
+    dry_run: shared.DryRun = False,
+    quiet: shared.Quiet = False,
+    as_json: shared.Json = False,
+    debug: shared.Debug = False,
+) -> None:
+    """Fit what brings each expert back.
+
+    The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data. What a
+    task has beyond the base (its head, labels, tokenizer) travels in the same file.
+
+    \b
+    retex fit-offsets --budget 0.25%
+    retex fit-offsets --merged merged/ --expert cars=org/base-cars --expert dtd=dtd/
+    """
+    how = How(dry_run, quiet, as_json)
+    space = Workspace.load(workspace)
+    experts = space.with_experts(pairs(expert, "--expert"))
+    from retex_cli.commands import fit_offsets as command
+
+    config = command.FitOffsetsConfig(
+        merged=merged or space.path(MERGED),
+        experts=experts,
+        output=output or space.path(OFFSETS),
+        budget=budget or space.offsets.budget or "0.25%",
+        base=base or space.base,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    perform(command.plan, command.run, config, how)
+
+
+def build_signatures(
+    inputs: shared.Inputs = None,
+    merged: shared.Merged = None,
+    base: shared.Base = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="default|sim", help="sim: the published identifier; it needs --base."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=32, max=256, metavar="N", help="Inputs per task, 32 to 256.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=1, metavar="N", help="Tokens per text.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The signatures. [default: signatures.safetensors]"),
+    ] = None,
+    batch_size: shared.BatchSize = None,
+    device: shared.Device = "auto",
+    threads: shared.Threads = None,
+    seed: shared.Seed = 0,
+    overwrite: shared.Overwrite = False,
+    workspace: shared.Place = None,
+    dry_run: shared.DryRun = False,
+    quiet: shared.Quiet = False,
+    as_json: shared.Json = False,
+    debug: shared.Debug = False,
+) -> None:
+    """Learn to tell tasks apart.
+
+    Describes every task by a few of its unlabelled inputs, so that the task of a new input can be identified.
+
+    \b
+    retex build-signatures
+    retex build-signatures --merged merged/ --inputs cars=cars.jsonl --inputs dtd=dtd.csv
+    """
+    how = How(dry_run, quiet, as_json)
+    space = Workspace.load(workspace)
+    paths = space.with_inputs(pairs(inputs, "--inputs"))
+    from retex_cli.commands import build_signatures as command
+
+    config = command.BuildSignaturesConfig(
+        merged=merged or space.path(MERGED),
+        inputs=paths,
+        output=output or space.path(SIGNATURES),
+        preset=preset or space.signatures.preset or "default",
+        base=base or space.base,
+        samples=samples or space.signatures.samples,
+        max_length=max_length or space.signatures.max_length,
+        batch_size=batch_size or space.eval.batch_size or 32,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    perform(command.plan, command.run, config, how)

@@ -1,0 +1,170 @@
+"""``retex build-signatures``: what tells the tasks apart, from a few unlabelled inputs of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import retex_cli
+from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of
+from retex_cli.commands.parallel import thread_count
+from retex_cli.commands.report import Json, Table
+from retex_cli.errors import RetexError, UsageError
+from retex_cli.io.artefact import check_artefact, write_artefact
+from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
+from retex_cli.io.inputs import Example, read_rows
+from retex_cli.io.provenance import checkpoint_fingerprint, sha256_file
+from retex_cli.models.device import choose_device
+from retex_cli.progress import Progress
+from retex_cli.signatures import PRESETS, fit
+
+LEAST, MOST = 32, 256
+
+
+@dataclass(frozen=True)
+class BuildSignaturesConfig:
+    """``inputs``: task -> file of unlabelled inputs. ``samples``: how many of each are read, the first ones; None for
+    all there are, up to 256. ``base`` is the encoder of the preset "sim"."""
+
+    merged: str
+    inputs: Mapping[str, str]
+    output: str
+    preset: str = "default"
+    base: str | None = None
+    samples: int | None = None
+    max_length: int | None = None
+    batch_size: int = 32
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class BuildSignaturesPlan:
+    """Encoder opened by its headers, inputs read."""
+
+    config: BuildSignaturesConfig
+    encoder: Checkpoint
+    inputs: Mapping[str, tuple[Example, ...]]
+
+    def report(self) -> BuildSignaturesReport:
+        counts = {task: {"inputs": len(examples)} for task, examples in self.inputs.items()}
+        return BuildSignaturesReport(self.config.output, self.encoder.reference, {}, counts, None)
+
+
+@dataclass(frozen=True)
+class BuildSignaturesReport:
+    """``{"output", "encoder", "recipe": {…}, "tasks": {name: {"inputs", "identified", "bytes"}}, "bytes"}``;
+    ``identified`` is the share of a task's own reference inputs that are recognised when each is left out."""
+
+    output: str
+    encoder: str
+    recipe: Mapping[str, object]
+    rows: Mapping[str, Mapping[str, object]]
+    written: int | None
+
+    def to_json(self) -> Json:
+        return {
+            "output": self.output,
+            "encoder": self.encoder,
+            "recipe": self.recipe,
+            "tasks": self.rows,
+            "bytes": self.written,
+        }
+
+    def tables(self) -> list[Table]:
+        if self.written is None:
+            rows = tuple((task, str(row["inputs"])) for task, row in self.rows.items())
+            return [Table("plan: reference inputs", ("task", "inputs"), rows)]
+        rows4 = tuple(
+            (task, str(row["inputs"]), f"{100 * float(str(row['identified'])):.1f} %", f"{row['bytes']:,}")
+            for task, row in self.rows.items()
+        )
+        return [Table("signatures", ("task", "inputs", "recognised when left out", "bytes"), rows4)]
+
+    def lines(self) -> list[str]:
+        if self.written is None:
+            return []
+        recipe = ", ".join(f"{name} {value}" for name, value in self.recipe.items())
+        return [f"features of {self.encoder}: {recipe}", f"wrote {self.output}: {self.written:,} bytes"]
+
+
+def plan(config: BuildSignaturesConfig) -> BuildSignaturesPlan:
+    """Read the inputs and check their number; open the encoder by its headers."""
+    if config.preset not in PRESETS:
+        raise UsageError(f"unknown preset {config.preset!r}", f"one of {', '.join(PRESETS)}")
+    if config.preset == "sim" and not config.base:
+        raise UsageError("the preset sim reads features of the pre-trained base", "give --base REF")
+    if config.samples is not None and not LEAST <= config.samples <= MOST:
+        raise UsageError(f"--samples {config.samples}: signatures take {LEAST} to {MOST} inputs a task")
+    if not config.inputs:
+        raise UsageError("no inputs to build signatures from", "give --inputs NAME=FILE, or inputs in retex.toml")
+    encoder = open_checkpoint(config.base if config.preset == "sim" and config.base else config.merged)
+    inputs = {task: _take(task, config.inputs[task], config.samples) for task in sorted(config.inputs)}
+    files = [*encoder.files, *map(Path, config.inputs.values())]
+    check_artefact(config.output, overwrite=config.overwrite, inputs=files)
+    return BuildSignaturesPlan(config, encoder, inputs)
+
+
+def _take(task: str, path: str, samples: int | None) -> tuple[Example, ...]:
+    rows = read_rows(Path(path))
+    wanted = samples or min(len(rows), MOST)
+    if len(rows) < max(wanted, LEAST):
+        raise RetexError(
+            f"{path}: {len(rows)} inputs for task {task!r}, at least {max(wanted, LEAST)} are needed",
+            "give more unlabelled inputs" + ("" if samples is None else ", or a smaller --samples"),
+        )
+    return tuple(rows[:wanted])
+
+
+def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
+    """One forward pass an input, then a closed-form fit."""
+    config = plan.config
+    torch.set_num_threads(thread_count(config.threads))
+    device = choose_device(config.device, progress)
+    encoder = encoder_of(plan.encoder, device, config.max_length)
+    progress.start("reading features", sum(map(len, plan.inputs.values())))
+    features = {task: encoder.features(examples, config.batch_size, progress) for task, examples in plan.inputs.items()}
+    progress.start("fitting signatures", 1)
+    signatures = fit(features, preset=config.preset)
+    progress.advance()
+    recipe = signatures.to_metadata()
+    header = {
+        "merged": config.preset != "sim",
+        "reference": plan.encoder.reference,
+        "revision": plan.encoder.revision,
+        "fingerprint": checkpoint_fingerprint(plan.encoder),
+        "max_length": encoder.max_length,
+        "pooling": "mean over positions of every layer's output",
+    }
+    made = {
+        "command": "build-signatures",
+        "retex": retex_cli.__version__,
+        "preset": config.preset,
+        "encoder": {file.name: sha256_file(file) for file in plan.encoder.files},
+        "inputs": {
+            task: {"file": Path(path).name, "sha256": sha256_file(Path(path)) if Path(path).is_file() else None}
+            for task, path in sorted(config.inputs.items())
+        },
+    }
+    tensors = signatures.to_tensors()
+    metadata = {
+        "features": json.dumps(header),
+        "signatures": json.dumps(recipe, sort_keys=True),
+        "recipe": json.dumps(made, sort_keys=True),
+    }
+    size = write_artefact(config.output, tensors, metadata, format=FORMAT, version=VERSION, overwrite=config.overwrite)
+    rows = {
+        task: {
+            "inputs": len(plan.inputs[task]),
+            "identified": signatures.recognised[task],
+            "bytes": sum(t.nbytes for name, t in tensors.items() if name.split("/")[0] == task),
+        }
+        for task in plan.inputs
+    }
+    return BuildSignaturesReport(config.output, plan.encoder.reference, signatures.describe(), rows, size)

@@ -1,0 +1,421 @@
+"""``retex eval``: experts, merged checkpoint and recovered experts side by side on labelled test data.
+
+The only command that reads test data. What it evaluates is built from the three artefacts exactly as ``retex recover``
+builds it; the experts themselves are opened only to be compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retex_cli.commands.identifier import Identifier
+from retex_cli.commands.offsets_file import OffsetsFile
+from retex_cli.commands.parallel import thread_count
+from retex_cli.commands.recover import tensors_of
+from retex_cli.commands.report import Json, Table
+from retex_cli.errors import GateMissed, RetexError, UsageError
+from retex_cli.evaluation.gates import missed_gates, parse_gates
+from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, TaskScores, mean_scores, score
+from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
+from retex_cli.io.inputs import Example, read_rows
+from retex_cli.models.classifier import Classifier, label_names
+from retex_cli.models.device import choose_device, has_fast_bf16
+from retex_cli.offsets.predict import Predictor
+from retex_cli.progress import Progress
+
+NO_OFFSETS = ""
+"""Stands for the merged checkpoint where an encoder is chosen by task."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """``tests``: task -> labelled file. ``output``: where the JSON goes besides the report. ``logits``: a safetensors
+    file for every expert's, the merged and every recovered expert's (protocol K) logits, in the order of the tests.
+    ``fail_under``: see ``evaluation.gates``. ``base`` is needed only where an expert is a LoRA adapter."""
+
+    merged: str
+    offsets: str
+    experts: Mapping[str, str]
+    tests: Mapping[str, str]
+    signatures: str | None = None
+    base: str | None = None
+    output: str | None = None
+    logits: str | None = None
+    protocols: tuple[str, ...] = PROTOCOLS
+    fail_under: str | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Artefacts and experts opened by their headers, tests read and their labels checked."""
+
+    config: EvalConfig
+    file: OffsetsFile
+    experts: Mapping[str, Checkpoint]
+    tests: Mapping[str, tuple[Example, ...]]
+    gates: Mapping[str, float]
+
+    def report(self) -> EvalPlanReport:
+        return EvalPlanReport({task: len(rows) for task, rows in self.tests.items()}, self.config.protocols)
+
+
+@dataclass(frozen=True)
+class EvalPlanReport:
+    """``{"tests": {task: inputs}, "protocols": […]}``."""
+
+    tests: Mapping[str, int]
+    protocols: tuple[str, ...]
+
+    def to_json(self) -> Json:
+        return {"tests": dict(self.tests), "protocols": list(self.protocols)}
+
+    def tables(self) -> list[Table]:
+        return [Table("plan: test inputs", ("task", "inputs"), tuple((t, str(n)) for t, n in self.tests.items()))]
+
+    def lines(self) -> list[str]:
+        return [f"protocols {', '.join(self.protocols)}"]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """``{"tasks": {name: {"expert", "merged", "recovered": {"K", "E", "H"}, "identified", "offset_bytes",
+    "expert_bytes", …}}, "mean": {…}, "files": {path: bytes}}``; accuracies are fractions."""
+
+    scores: tuple[TaskScores, ...]
+    offset_bytes: Mapping[str, int]
+    expert_bytes: Mapping[str, int]
+    files: Mapping[str, int]
+    precision: str
+
+    def to_json(self) -> Json:
+        tasks = {}
+        for s in self.scores:
+            tasks[s.task] = {
+                "inputs": s.inputs,
+                "expert": s.expert,
+                "merged": s.merged,
+                "recovered": dict(s.recovered),
+                "normalised": {
+                    "merged": s.normalised(s.merged),
+                    **{name: s.normalised(value) for name, value in s.recovered.items()},
+                },
+                "agreement": dict(s.agreement),
+                "identified": s.identified,
+                "unknown": s.unknown,
+                "with_unknown": dict(s.with_unknown),
+                "offset_bytes": self.offset_bytes[s.task],
+                "expert_bytes": self.expert_bytes[s.task],
+            }
+        return {"tasks": tasks, "mean": mean_scores(self.scores), "files": self.files, "precision": self.precision}
+
+    def tables(self) -> list[Table]:
+        protocols = list(self.scores[0].recovered)
+        columns = ("task", "inputs", "expert", "merged", *protocols, *(f"{p} / expert" for p in protocols))
+        columns += ("agrees", "task found", "offsets", "share")
+        rows = [self._row(s, protocols) for s in self.scores]
+        mean = mean_scores(self.scores)
+        rows.append(self._mean_row(mean, protocols))
+        tables = [Table("accuracy (%)", columns, tuple(rows))]
+        if self.scores[0].with_unknown:
+            names = list(self.scores[0].with_unknown)
+            counted = tuple(
+                (s.task, _percent(s.unknown), *(_percent(s.with_unknown[name]) for name in names)) for s in self.scores
+            )
+            title = "with the out-of-distribution rule: unknown counts as wrong (%)"
+            tables.append(Table(title, ("task", "unknown", *names), counted))
+        total = sum(self.files.values())
+        sizes = (*((name, f"{size:,}") for name, size in self.files.items()), ("total", f"{total:,}"))
+        return [*tables, Table("files", ("file", "bytes"), sizes)]
+
+    def _row(self, s: TaskScores, protocols: Sequence[str]) -> tuple[str, ...]:
+        share = 100 * self.offset_bytes[s.task] / self.expert_bytes[s.task]
+        return (
+            s.task,
+            f"{s.inputs:,}",
+            _percent(s.expert),
+            _percent(s.merged),
+            *(_percent(s.recovered[p]) for p in protocols),
+            *(_percent(s.normalised(s.recovered[p])) for p in protocols),
+            _percent(s.agreement.get("K")),
+            _percent(s.identified),
+            f"{self.offset_bytes[s.task]:,}",
+            f"{share:.3f} %",
+        )
+
+    def _mean_row(self, mean: Mapping[str, object], protocols: Sequence[str]) -> tuple[str, ...]:
+        def get(group: str, name: str) -> str:
+            values = mean[group]
+            return _percent(values.get(name)) if isinstance(values, Mapping) else _percent(None)
+
+        share = 100 * sum(self.offset_bytes.values()) / sum(self.expert_bytes.values())
+        return (
+            "mean",
+            "",
+            _percent(mean["expert"]),
+            _percent(mean["merged"]),
+            *(get("recovered", p) for p in protocols),
+            *(get("normalised", p) for p in protocols),
+            get("agreement", "K"),
+            _percent(mean["identified"]),
+            f"{sum(self.offset_bytes.values()) // len(self.scores):,}",
+            f"{share:.3f} %",
+        )
+
+    def lines(self) -> list[str]:
+        mean = mean_scores(self.scores)
+        normalised, worst = mean["normalised"], mean["worst"]
+        assert isinstance(normalised, Mapping)
+        assert isinstance(worst, Mapping)
+        lines = [
+            f"merged alone: {_percent(normalised['merged'])} % of the experts' accuracy, "
+            f"worst task {_percent(worst['merged'])} %"
+        ]
+        for name in self.scores[0].recovered:
+            lines.append(
+                f"recovered, protocol {name}: {_percent(normalised[name])} % of the experts' accuracy, "
+                f"worst task {_percent(worst[name])} %"
+            )
+        return lines
+
+
+def _percent(value: object) -> str:
+    return f"{100 * value:.2f}" if isinstance(value, float) else "-"
+
+
+def plan(config: EvalConfig) -> EvalPlan:
+    """Open everything, read the tests, and refuse what cannot be evaluated before any model runs."""
+    gates = parse_gates(config.fail_under) if config.fail_under else {}
+    unknown = [p for p in config.protocols if p not in PROTOCOLS]
+    if unknown or not config.protocols:
+        raise UsageError(f"unknown protocol {', '.join(unknown) or '(none)'}", f"any of {', '.join(PROTOCOLS)}")
+    if set(config.protocols) - {"K"} and not config.signatures:
+        raise UsageError("protocols E and H need a signature file", "give --signatures FILE, or --protocols K")
+    if not config.tests:
+        raise UsageError("no test data to evaluate on", "give --test NAME=FILE, or test in retex.toml")
+    file = OffsetsFile(config.offsets, open_checkpoint(config.merged))
+    base = open_checkpoint(config.base) if config.base else None
+    experts, tests = {}, {}
+    for task in sorted(config.tests):
+        record = file.task(task)
+        reference = config.experts.get(task)
+        if reference is None:
+            raise UsageError(f"no expert given for task {task!r}", f"give --expert {task}=REF to compare with")
+        experts[task] = open_checkpoint(reference) if base is None else open_expert(reference, base)
+        labels = _labels(file.side_files(task), config.offsets, task)
+        tests[task] = tuple(_checked(config.tests[task], task, labels))
+        del record
+    return EvalPlan(config, file, experts, tests, gates)
+
+
+def _labels(files: Mapping[str, bytes], path: str, task: str) -> tuple[str, ...]:
+    if "config.json" not in files:
+        raise RetexError(f"{path}: task {task!r} has no config.json", "fit the offsets from a folder, not a bare file")
+    return label_names(json.loads(files["config.json"]))
+
+
+def _checked(path: str, task: str, labels: Sequence[str]) -> list[Example]:
+    """The rows of a test file, labels as names. RetexError names the first row whose label the head cannot give."""
+    rows = read_rows(Path(path))
+    for row in rows:
+        if row.label is None:
+            raise RetexError(f"{row.source}: no label", "test data is labelled: give every row a label")
+        if row.label not in labels:
+            some = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+            raise RetexError(
+                f"{row.source}: label {row.label!r} is outside the head of task {task!r}, which has {some}",
+                "use the label names of the expert's config.json",
+            )
+    return rows
+
+
+@dataclass
+class _Bench:
+    """What the run shares: one model per task, filled with one set of weights at a time."""
+
+    plan: EvalPlan
+    predictor: Predictor
+    progress: Progress
+    models: dict[str, Classifier] = field(default_factory=dict)
+
+    def recovered(self, head: str, encoder: str, rows: Sequence[Example]) -> Tensor:
+        """Logits of task ``head``'s model on ``rows`` with the shared tensors of ``encoder``."""
+        model = self.models[head]
+        tensors = tensors_of(self.plan.file, head, self.predictor, None if encoder == head else encoder)
+        model.load(dict(tensors), self.plan.config.offsets)
+        return model.logits(rows, self.plan.config.batch_size, self.progress)
+
+    def expert(self, task: str) -> Tensor:
+        """Logits of the expert itself."""
+        checkpoint = self.plan.experts[task]
+        model = self.models[task]
+        model.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
+        return model.logits(self.plan.tests[task], self.plan.config.batch_size, self.progress)
+
+    def answers(self, task: str, logits: Tensor) -> Answers:
+        """Label names."""
+        names: Answers = np.array(self.models[task].labels, dtype=object)
+        chosen: Answers = names[logits.argmax(-1).numpy()]
+        return chosen
+
+
+def run(plan: EvalPlan, progress: Progress) -> EvalReport:
+    """Run every model over every test input. EvalGateMissed, once all is written, where ``fail_under`` is missed."""
+    config = plan.config
+    torch.set_num_threads(thread_count(config.threads))
+    device = choose_device(config.device, progress)
+    tasks = list(plan.tests)
+    identifier = None
+    if config.signatures and set(config.protocols) - {"K"}:
+        identifier = Identifier.open(config.signatures, config.merged, config.device, progress, threads=config.threads)
+        _check_tasks(plan, identifier)
+    everyone = sorted({*tasks, *(identifier.tasks if identifier else ())})
+    with ExitStack() as stack:
+        bench = _Bench(plan, plan.file.predictor(everyone), progress)
+        for task in everyone:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for name, content in plan.file.side_files(task).items():
+                (folder / name).write_bytes(content)
+            bench.models[task] = Classifier(folder, device)
+        logits = {task: _known(bench, task) for task in tasks}
+        identified = _identify(bench, identifier) if identifier else {}
+        answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
+    report = EvalReport(
+        scores=tuple(score(given) for given in answers),
+        offset_bytes={task: plan.file.task(task).offset_bytes for task in tasks},
+        expert_bytes={task: plan.file.task(task).expert_bytes for task in tasks},
+        files=_files(config),
+        precision="bfloat16 matrix products" if has_fast_bf16(device) else "float32",
+    )
+    _write(config, report, logits)
+    mean = mean_scores(report.scores)
+    normalised, worst = mean["normalised"], mean["worst"]
+    assert isinstance(normalised, Mapping)
+    assert isinstance(worst, Mapping)
+    missed = missed_gates(plan.gates, normalised, worst.get("K", 0.0))
+    if missed:
+        raise EvalGateMissed("; ".join(missed), report)
+    return report
+
+
+class EvalGateMissed(GateMissed):
+    """The evaluation is done and below the caller's threshold; ``report`` is what would have been returned."""
+
+    def __init__(self, message: str, report: EvalReport) -> None:
+        super().__init__(message, "lower --fail-under, or give the offsets a larger --budget")
+        self.report = report
+
+
+def _check_tasks(plan: EvalPlan, identifier: Identifier) -> None:
+    lost = [task for task in identifier.tasks if task not in plan.file.tasks]
+    if lost:
+        raise RetexError(
+            f"{plan.config.signatures}: can identify task {lost[0]!r}, which {plan.config.offsets} does not have",
+            "build both files from the same tasks",
+        )
+    unseen = [task for task in plan.tests if task not in identifier.tasks]
+    if unseen:
+        raise RetexError(
+            f"{plan.config.signatures}: has no signature of task {unseen[0]!r}", "build the signatures with its inputs"
+        )
+
+
+def _known(bench: _Bench, task: str) -> dict[str, Tensor]:
+    """Logits of the expert, of the merged checkpoint with the expert's head, and of the recovered expert."""
+    rows = bench.plan.tests[task]
+    bench.progress.start(f"{task}: expert, merged, recovered", 3 * len(rows))
+    return {
+        "expert": bench.expert(task),
+        "merged": bench.recovered(task, NO_OFFSETS, rows),
+        "K": bench.recovered(task, task, rows),
+    }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Names of identified tasks, and where identification would rather say unknown; one entry per input."""
+
+    task: Answers
+    unknown: NDArray[np.bool_]
+
+
+def _identify(bench: _Bench, identifier: Identifier) -> dict[str, _Found]:
+    found = {}
+    names = np.array(identifier.tasks, dtype=object)
+    for task, rows in bench.plan.tests.items():
+        bench.progress.start(f"{task}: identifying", len(rows))
+        decisions = identifier.decide(rows, bench.progress)
+        found[task] = _Found(names[decisions.task.numpy()], decisions.unknown.numpy())
+    return found
+
+
+def _answers(
+    bench: _Bench,
+    task: str,
+    logits: Mapping[str, Tensor],
+    identified: Mapping[str, _Found],
+    identifier: Identifier | None,
+) -> TaskAnswers:
+    """K is at hand; under E and H only inputs sent to another task's expert need another pass."""
+    rows = bench.plan.tests[task]
+    known = bench.answers(task, logits["K"])
+    protocols = bench.plan.config.protocols
+    recovered = {name: known.copy() for name in PROTOCOLS if name in protocols}
+    found = identified.get(task)
+    if found is not None and identifier is not None:
+        strays = {other: np.flatnonzero(found.task == other) for other in identifier.tasks if other != task}
+        bench.progress.start(f"{task}: sent to other experts", 2 * sum(map(len, strays.values())))
+        for other, where in strays.items():
+            if not len(where):
+                continue
+            sent = [rows[i] for i in where]
+            if "E" in recovered:
+                recovered["E"][where] = bench.answers(task, bench.recovered(task, other, sent))
+            if "H" in recovered:
+                recovered["H"][where] = bench.answers(other, bench.recovered(other, other, sent))
+    return TaskAnswers(
+        task=task,
+        truth=np.array([row.label for row in rows], dtype=object),
+        expert=bench.answers(task, logits["expert"]),
+        merged=bench.answers(task, logits["merged"]),
+        recovered=recovered,
+        identified=None if found is None else found.task,
+        unknown=None if found is None else found.unknown,
+    )
+
+
+def _files(config: EvalConfig) -> dict[str, int]:
+    """Bytes on disk of the three artefacts; a merged folder with everything in it."""
+    files = {}
+    for reference in (config.merged, config.offsets, config.signatures):
+        if reference is None:
+            continue
+        path = Path(reference)
+        if path.is_dir():
+            files[f"{reference.rstrip('/')}/"] = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        elif path.is_file():
+            files[reference] = path.stat().st_size
+    return files
+
+
+def _write(config: EvalConfig, report: EvalReport, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
+    if config.output:
+        Path(config.output).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if config.logits:
+        from safetensors.torch import save_file
+
+        save_file(
+            {f"{task}/{name}": value for task, group in logits.items() for name, value in group.items()}, config.logits
+        )

@@ -1,0 +1,173 @@
+"""What a merge reads and how it is remembered: tensors on disk as sources, accounts of every tensor, the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import retex_cli
+from retex_cli.errors import RetexError
+from retex_cli.io.align import Alignment
+from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.writer import TensorSpec
+from retex_cli.merging.engine import Copy, Merge
+from retex_cli.merging.table import Method, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint as a source of blocks."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def where(self) -> str:
+        """Tensor and file, for messages."""
+        return f"{self.checkpoint.tensors[self.name].file}: tensor {self.name!r}"
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        """Elements from ``start`` on, converted to ``out``'s type."""
+        self.checkpoint.read_into(self.name, start, out)
+
+
+@dataclass(frozen=True)
+class ExpertAccount:
+    """Where every tensor of one expert went: merged, or left to the task. ``rows``: name -> (common, all) rows."""
+
+    reference: str
+    revision: str | None
+    merged: int
+    task_tensors: tuple[str, ...]
+    rows: Mapping[str, tuple[int, int]]
+    lacks: tuple[str, ...]
+    prefix: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Where every tensor of every input went. ``partly``: name -> the tasks it was merged from, where some lack it."""
+
+    base: str
+    base_revision: str | None
+    total: int
+    merged: int
+    copied: tuple[str, ...]
+    partly: Mapping[str, tuple[str, ...]]
+    aliases: Mapping[str, str]
+    experts: Mapping[str, ExpertAccount]
+
+
+def check_accounts(base: Checkpoint, experts: Mapping[str, Checkpoint], alignments: Mapping[str, Alignment]) -> None:
+    """Every tensor of every input must have gone somewhere: a tensor that vanished is an error."""
+    for task, alignment in alignments.items():
+        ours = set(base.tensors) - set(alignment.shared) - set(alignment.kept)
+        theirs = set(experts[task].tensors) - set(alignment.shared.values()) - set(alignment.task)
+        for lost, checkpoint in ((ours, base), (theirs, experts[task])):
+            if lost:
+                raise RetexError(
+                    f"{checkpoint.reference}: tensor {min(lost)!r} is neither merged nor kept for {task!r}"
+                )
+
+
+def account_for(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    alignments: Mapping[str, Alignment],
+    steps: Sequence[Merge | Copy],
+    specs: Sequence[TensorSpec],
+) -> Accounts:
+    """The accounts of a plan."""
+    merged = [step.view for step in steps if isinstance(step, Merge)]
+    return Accounts(
+        base=base.reference,
+        base_revision=base.revision,
+        total=len(steps),
+        merged=len(merged),
+        copied=tuple(s.name for s, step in zip(specs, steps, strict=True) if isinstance(step, Copy)),
+        partly={view.name: view.tasks for view in merged if len(view.tasks) < len(experts)},
+        aliases=dict(base.aliases),
+        experts={task: _expert_account(experts[task], alignments[task]) for task in experts},
+    )
+
+
+def _expert_account(expert: Checkpoint, alignment: Alignment) -> ExpertAccount:
+    rows = {name: (common, expert.tensors[alignment.shared[name]].shape[0]) for name, common in alignment.rows.items()}
+    return ExpertAccount(
+        reference=expert.reference,
+        revision=expert.revision,
+        merged=len(set(alignment.shared.values())),
+        task_tensors=alignment.task,
+        rows=rows,
+        lacks=alignment.kept,
+        prefix=alignment.prefix,
+    )
+
+
+def placeholder(index: int) -> str:
+    """A unique text as long as a SHA-256 in hexadecimal, to be replaced by one."""
+    return f"pending-{index:056d}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the output is made, in full: what somebody needs to make it again."""
+
+    method: Method
+    options: Mapping[str, Value]
+    overrides: Mapping[str, Mapping[str, Value]]
+    seed: int
+    dtype: str | None
+    allowed: Mapping[str, object]
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    hashes: Mapping[Path, str]
+
+    def to_json(self) -> dict[str, object]:
+        """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}`` and
+        what was let through; each input as ``{"reference", "revision", "files": {file name: SHA-256}}``.
+        """
+        return {
+            "command": "merge",
+            "retex": retex_cli.__version__,
+            "method": self.method.name,
+            "paper": self.method.link,
+            "options": dict(self.options),
+            "overrides": {glob: dict(options) for glob, options in self.overrides.items()},
+            "seed": self.seed,
+            "dtype": self.dtype,
+            **self.allowed,
+            "base": self._input(self.base),
+            "experts": {task: self._input(expert) for task, expert in self.experts.items()},
+        }
+
+    def _input(self, checkpoint: Checkpoint) -> dict[str, object]:
+        return {
+            "reference": checkpoint.reference,
+            "revision": checkpoint.revision,
+            "files": {path.name: self.hashes[path] for path in checkpoint.files},
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """Header of the merged checkpoint's files."""
+        return {
+            "format": "pt",
+            "retex.format": "retex.merged",
+            "retex.format_version": "1",
+            "retex.version": retex_cli.__version__,
+            "retex.recipe": json.dumps(self.to_json(), ensure_ascii=False),
+        }
+
+
+def config_with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> bytes:
+    """``config.json`` that names the type in which the weights are written."""
+    name = str(dtype).removeprefix("torch.")
+    given = {key: name if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
+    if not {"torch_dtype", "dtype"} & set(given):
+        given["dtype"] = name
+    return (json.dumps(given, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,260 @@
+"""``retex recover``: an expert, or a mix of experts, from merged checkpoint, offsets and signatures alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import retex_cli
+from retex_cli.commands.identifier import Identification, Identifier
+from retex_cli.commands.offsets_file import OffsetsFile, Part
+from retex_cli.commands.parallel import ordered_map, thread_count
+from retex_cli.commands.report import Json, Table
+from retex_cli.errors import RetexError, UsageError
+from retex_cli.io.checkpoint import open_checkpoint
+from retex_cli.io.dtypes import parse_dtype
+from retex_cli.io.output import Output
+from retex_cli.io.provenance import checkpoint_digests, tensor_digest
+from retex_cli.io.writer import TensorSpec, Writer, open_output
+from retex_cli.models.device import choose_device
+from retex_cli.offsets.predict import Predictor
+from retex_cli.progress import Progress
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Exactly one of ``task``, ``input`` (or task "auto" with inputs) and ``mix`` says which expert is meant.
+
+    ``mix``: task -> weight, summing to one. ``head``: whose task tensors a mix gets. ``soft``: with identified inputs,
+    mix experts by how well they fit instead of taking the nearest.
+    """
+
+    merged: str
+    offsets: str
+    output: str
+    signatures: str | None = None
+    task: str | None = None
+    input: tuple[str, ...] = ()
+    mix: Mapping[str, float] | None = None
+    soft: bool = False
+    head: str | None = None
+    dtype: str | None = None
+    max_shard_size: int = 5_000_000_000
+    device: str = "auto"
+    threads: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class RecoverPlan:
+    """What will be written. ``embedding`` and ``head`` are empty until inputs have been identified."""
+
+    config: RecoverConfig
+    file: OffsetsFile
+    output: Output
+    embedding: Mapping[str, float]
+    head: str
+
+    def report(self) -> RecoverReport:
+        parts = self.parts() if self.head else []
+        nbytes = sum(part.spec.nbytes for part in parts)
+        return RecoverReport(self.config.output, self.embedding, self.head, None, len(parts), nbytes, written=False)
+
+    def parts(self) -> list[Part]:
+        parts = self.file.parts(self.head)
+        if self.config.dtype is None:
+            return parts
+        dtype = parse_dtype(self.config.dtype)
+        return [
+            replace(part, spec=TensorSpec(part.spec.name, dtype, part.spec.shape))
+            if part.spec.dtype.is_floating_point
+            else part
+            for part in parts
+        ]
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """``{"output", "embedding": {task: weight}, "head", "identified": {…} | null, "tensors", "bytes"}``."""
+
+    output: str
+    embedding: Mapping[str, float]
+    head: str
+    identified: Identification | None
+    tensors: int
+    nbytes: int
+    written: bool = True
+
+    def to_json(self) -> Json:
+        identified = self.identified.to_json() if self.identified else None
+        return {
+            "output": self.output,
+            "embedding": dict(self.embedding),
+            "head": self.head,
+            "identified": identified,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+        }
+
+    def tables(self) -> list[Table]:
+        return []
+
+    def lines(self) -> list[str]:
+        lines = [self.identified.sentence()] if self.identified else []
+        if not self.written:
+            return [*lines, f"plan: {self.tensors} tensors, {self.nbytes:,} bytes to {self.output}"]
+        what = " + ".join(f"{weight:g} {task}" if weight != 1 else task for task, weight in self.embedding.items())
+        head = f" with the head of {self.head}" if len(self.embedding) > 1 else ""
+        return [*lines, f"recovered {what}{head}: {self.tensors} tensors, {self.nbytes:,} bytes in {self.output}"]
+
+
+def plan(config: RecoverConfig) -> RecoverPlan:
+    """Open the artefacts, check the request against them and the output against the disk."""
+    _check_request(config)
+    merged = open_checkpoint(config.merged)
+    file = OffsetsFile(config.offsets, merged)
+    embedding: dict[str, float] = {}
+    head = ""
+    if config.mix:
+        embedding = dict(sorted(config.mix.items()))
+        head = config.head or max(embedding, key=lambda task: (embedding[task], task))
+    elif config.task and config.task != AUTO:
+        embedding, head = {config.task: 1.0}, config.head or config.task
+    for task in (*embedding, *([config.head] if config.head else [])):
+        file.task(task)
+    output = Output.parse(config.output)
+    planned = RecoverPlan(config, file, output, embedding, head)
+    inputs = [*merged.files, Path(config.offsets), *([Path(config.signatures)] if config.signatures else [])]
+    output.check(config.overwrite, inputs, planned.report().nbytes or merged.nbytes)
+    return planned
+
+
+def _check_request(config: RecoverConfig) -> None:
+    auto = config.task == AUTO or (config.task is None and bool(config.input))
+    ways = [config.task is not None and config.task != AUTO, bool(config.mix), auto]
+    if sum(ways) != 1:
+        raise UsageError(
+            "say which expert is meant in exactly one way", "give --task NAME, --input FILE or --mix NAME=SHARE,..."
+        )
+    if auto and not config.input:
+        raise UsageError("--task auto needs inputs to identify", "give --input FILE")
+    if auto and not config.signatures:
+        raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
+    if config.input and not auto:
+        raise UsageError("--input is for identifying the task, and it is already given", "leave one of them out")
+    if config.soft and not auto:
+        raise UsageError("--soft mixes identified experts", "give --input FILE with it")
+    if config.mix:
+        total = math.fsum(config.mix.values())
+        if not math.isclose(total, 1, abs_tol=1e-6) or any(weight < 0 for weight in config.mix.values()):
+            raise UsageError(
+                f"the weights of --mix sum to {total:g}, not 1, or one is negative", "e.g. --mix cars=0.7,dtd=0.3"
+            )
+
+
+def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
+    """Identify if asked to, then stream the expert tensor by tensor; an output of the wrong merged file never lands."""
+    identified = None
+    if not plan.head:
+        identified, plan = _identify(plan, progress)
+    config, file = plan.config, plan.file
+    device = choose_device(config.device, progress)
+    predictor = file.predictor(plan.embedding)
+    parts = plan.parts()
+    threads = thread_count(config.threads)
+    if plan.output.kind == "stdout":  # what has gone down a pipe cannot be taken back: check first
+        file.check_merged(checkpoint_digests(file.merged, threads))
+    with open_output(
+        plan.output,
+        [part.spec for part in parts],
+        metadata=_metadata(plan),
+        overwrite=config.overwrite,
+        max_shard_size=config.max_shard_size,
+        side_files=file.side_files(plan.head) if plan.output.kind == "folder" else {},
+    ) as writer:
+        _stream(plan, parts, predictor, device, threads, writer, progress)
+    return RecoverReport(
+        config.output, plan.embedding, plan.head, identified, len(parts), sum(part.spec.nbytes for part in parts)
+    )
+
+
+def _stream(
+    plan: RecoverPlan,
+    parts: list[Part],
+    predictor: Predictor,
+    device: torch.device,
+    threads: int,
+    writer: Writer,
+    progress: Progress,
+) -> None:
+    file = plan.file
+    progress.start(f"recovering {plan.head}", len(parts))
+
+    def make(part: Part) -> tuple[bytes, Tensor]:
+        merged = None if part.merged is None else file.merged.read(part.merged)
+        digest = b"" if merged is None else tensor_digest(merged)
+        value = file.make(part, merged, predictor, plan.embedding, plan.head, device)
+        return digest, value.to(part.spec.dtype).reshape(-1)
+
+    digests = {}
+    for part, (digest, value) in zip(parts, ordered_map(make, parts, threads), strict=True):
+        writer.write(value)
+        if part.merged is not None:
+            digests[part.merged] = digest
+        progress.advance()
+    for name in file.merged.tensors:
+        if name not in digests:
+            digests[name] = tensor_digest(file.merged.read(name))
+    file.check_merged(digests)
+
+
+def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, RecoverPlan]:
+    config = plan.config
+    if config.signatures is None:
+        raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
+    identifier = Identifier.open(config.signatures, config.merged, config.device, progress)
+    identified = identifier.identify_batch(config.input, progress)
+    soft = config.soft or identified.unknown  # never a silent wrong expert
+    if soft and not config.soft:
+        progress.note(f"{identified.sentence()}: mixing experts by how well they fit")
+    embedding = {task: share for task, share in identified.embedding.items() if share > 0}
+    embedding = embedding if soft else {identified.task: 1.0}
+    missing = [task for task in embedding if task not in plan.file.tasks]
+    if missing:
+        raise RetexError(
+            f"{config.signatures}: identifies task {missing[0]!r}, which {config.offsets} does not have",
+            "build both files from the same tasks",
+        )
+    return identified, replace(plan, embedding=embedding, head=config.head or identified.task)
+
+
+def _metadata(plan: RecoverPlan) -> dict[str, str]:
+    recipe = {
+        "command": "recover",
+        "retex": retex_cli.__version__,
+        "embedding": dict(plan.embedding),
+        "head": plan.head,
+        "merged": {"reference": plan.config.merged, "fingerprint": plan.file.fingerprint},
+        "experts": {task: plan.file.task(task).fingerprint for task in plan.embedding},
+    }
+    return {"retex_version": retex_cli.__version__, "recipe": json.dumps(recipe, sort_keys=True)}
+
+
+def tensors_of(
+    file: OffsetsFile, task: str, predictor: Predictor, encoder: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the expert of ``task``; with ``encoder`` its shared tensors are another task's, "" for the
+    merged checkpoint's own."""
+    chosen = task if encoder is None else encoder
+    embedding = {chosen: 1.0} if chosen else {}
+    for part in file.parts(task):
+        merged = None if part.merged is None else file.merged.read(part.merged)
+        yield part.spec.name, file.make(part, merged, predictor, embedding, task, torch.device("cpu"))

@@ -1,0 +1,31 @@
+"""What a command hands back: an object for programs, tables and lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Json = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column titles; the command line decides how they look."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+class Report(Protocol):
+    """The result of one command."""
+
+    def to_json(self) -> Json:
+        """The object that ``--json`` prints; its keys are documented in ``docs/format.md``."""
+
+    def tables(self) -> Sequence[Table]:
+        """What a person wants to see at a glance."""
+
+    def lines(self) -> Sequence[str]:
+        """Sentences below the tables: what was written, what was chosen."""

@@ -1,0 +1,1 @@
+"""All that runs a forward pass: transformers models, their processors, features of their layers."""

@@ -1,0 +1,40 @@
+"""Where arithmetic happens and how precisely."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from retex_cli.errors import UsageError
+from retex_cli.progress import Progress
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(name: str, progress: Progress) -> torch.device:
+    """``auto`` is CUDA where there is one; a fallback to the CPU is said. UsageError for anything unknown."""
+    if name not in DEVICES:
+        raise UsageError(f"unknown device {name!r}", f"one of {', '.join(DEVICES)}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if name == "cuda":
+        progress.note("no CUDA device here: computing on the CPU")
+    return torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+@contextlib.contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """No gradients; matrix products in bfloat16 where that is the fast way, everything else in float32."""
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+        yield

@@ -1,0 +1,44 @@
+"""The offset predictor of ReTeX (arXiv 2606.26902): ``delta_hat(e) = U diag(C e) V^T``, linear in a task embedding e.
+
+The factors of all tasks stand side by side in ``U`` and ``V``; row t of ``C`` is one for the components of task t and
+zero elsewhere. A one-hot ``e`` gives a task's own offset, a mix interpolates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from retex_cli.offsets.stream import Factors, Shape
+
+Embedding = Mapping[str, float]
+
+
+class Predictor:
+    """Decoded offsets of some tasks over one merged checkpoint."""
+
+    def __init__(self, factors: Mapping[str, Mapping[str, Factors]]) -> None:
+        self._factors = factors
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names, sorted."""
+        return tuple(sorted(self._factors))
+
+    def delta(self, name: str, shape: Shape, embedding: Embedding, device: torch.device) -> Tensor | None:
+        """The offset of tensor ``name``, float32 of ``shape`` on ``device``; None where no task has one.
+
+        Tasks are added in sorted order, so the same embedding always gives the same bits.
+        """
+        total: Tensor | None = None
+        for task in sorted(embedding):
+            factors = self._factors[task].get(name)
+            if factors is None or embedding[task] == 0:
+                continue
+            part = factors.delta(shape, device)
+            if embedding[task] != 1:
+                part = part * embedding[task]
+            total = part if total is None else total + part
+        return total

@@ -1,0 +1,118 @@
+"""From pooled hidden states to one vector per input: which layers, normalised how, scaled how.
+
+An input arrives as float [L, D]: its L layer outputs (the embedding output included), each mean-pooled over tokens.
+Layers differ in spread by a factor of several, so each is L2-normalised and then multiplied by a weight that gives all
+of them the same spread within tasks; weights are per layer and not per dimension, because a dimension that is constant
+on the reference inputs (real encoders have some) would be blown up to noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from retex_cli.errors import RetexError
+
+SMALLEST_SPREAD = 1e-3
+"""A layer that varies less than this share of its own norm is not amplified any further."""
+
+EMPTY_NORM = 1e-12
+"""Below this length a vector has no direction: it stays zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How ``[m, L, D]`` features become ``[m, len(layers) * D]`` vectors."""
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...]
+    layer_count: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Entries of one vector."""
+        return len(self.layers) * self.width
+
+
+def check(features: torch.Tensor, place: str, *, least: int = 1) -> None:
+    """Refuse anything but a finite floating ``[n >= least, L, D]`` array, naming ``place``."""
+    if features.ndim != 3 or 0 in features.shape[1:] or not features.is_floating_point():
+        raise RetexError(
+            f"{place}: features are {str(features.dtype).removeprefix('torch.')} {list(features.shape)}, "
+            "expected floating [inputs, layers, width]",
+            "Pool every layer output over its tokens and stack the layers.",
+        )
+    if len(features) < least:
+        raise RetexError(
+            f"{place}: {len(features)} inputs, at least {least} are needed",
+            "Give 32 to 256 inputs per task.",
+        )
+    finite = torch.isfinite(features).flatten(1).all(1)
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0, 0])
+        raise RetexError(
+            f"{place}: NaN or infinity in the features of input {row}",
+            "Look at that input, or run the encoder in float32.",
+        )
+
+
+def check_layout(features: torch.Tensor, layout: Layout, place: str) -> None:
+    """Refuse features of another encoder shape than the one the signatures were fitted on."""
+    found, expected = tuple(features.shape[1:]), (layout.layer_count, layout.width)
+    if found != expected:
+        raise RetexError(
+            f"{place}: {found[0]} layers of width {found[1]}, the signatures have {expected[0]} of {expected[1]}",
+            "Compute the features with the encoder the signatures were built on.",
+        )
+
+
+def check_tasks(features: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an empty set of tasks, fewer than two inputs, and tasks whose layers or widths disagree."""
+    if not features:
+        raise RetexError("no task to fit signatures on", "Name at least one task with its reference inputs.")
+    first: str | None = None
+    for name in sorted(features):
+        check(features[name], f"task {name!r}", least=2)
+        first = name if first is None else first
+        here, there = tuple(features[name].shape[1:]), tuple(features[first].shape[1:])
+        if here != there:
+            raise RetexError(
+                f"task {name!r} has {here[0]} layers of width {here[1]}, task {first!r} has {there[0]} of {there[1]}",
+                "Compute every task's features with the same encoder.",
+            )
+
+
+def unit_layers(features: torch.Tensor) -> torch.Tensor:
+    """``[n, L, D]`` in float64, every layer of every input scaled to length one."""
+    exact = features.to(torch.float64)
+    return exact / exact.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
+
+
+def layer_weights(units: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Per layer, one over the root mean square that ``[n, L, D]`` unit layers have about their own task's mean.
+
+    Squares are pooled over tasks, inputs and dimensions, so a weighted layer has unit variance within tasks.
+    """
+    squares = sum(((unit - unit.mean(0)) ** 2).sum((0, 2)) for unit in units)
+    assert isinstance(squares, torch.Tensor)
+    width = units[0].shape[2]
+    spread = (squares / (sum(len(unit) for unit in units) * width)).sqrt()
+    floor = SMALLEST_SPREAD / width**0.5
+    return tuple(float(value) for value in 1.0 / spread.clamp(min=floor))
+
+
+def concatenate(units: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Weighted layers of ``[n, L, D]`` unit layers side by side: float64 ``[n, len(layers) * D]``."""
+    weights = torch.tensor(layout.weights, dtype=units.dtype, device=units.device)
+    return (units[:, list(layout.layers)] * weights[:, None]).flatten(1)
+
+
+def vectors(features: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[m, L, D]`` features as float32 ``[m, len(layers) * D]`` vectors, for scoring."""
+    chosen = features[:, list(layout.layers)].to(torch.float32)
+    units = chosen / chosen.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
+    weights = torch.tensor(layout.weights, dtype=torch.float32, device=features.device)
+    return (units * weights[:, None]).flatten(1)

@@ -1,0 +1,116 @@
+"""``retex eval``: the promised JSON, the three protocols, gates as exit status, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from tests.conftest import Retex
+
+
+def test_the_json_object_and_its_numbers(made: Path, retex: Retex) -> None:
+    result = retex("eval", "--json", "-o", "eval.json", "--logits", "logits.safetensors")
+    assert result.code == 0, result.err
+    report = result.json
+    assert json.loads(Path("eval.json").read_text()) == report
+    logits = load_file("logits.safetensors")
+    for task in ("cars", "dtd"):
+        entry = report["tasks"][task]
+        rows = [json.loads(line) for line in Path(f"data/{task}-test.jsonl").read_text().splitlines()]
+        names = json.loads(Path(f"experts/{task}/config.json").read_text())["id2label"]
+        for key, name in (("expert", "expert"), ("merged", "merged")):
+            answers = [names[str(i)] for i in logits[f"{task}/{name}"].argmax(-1).tolist()]
+            assert entry[key] == pytest.approx(
+                sum(a == row["label"] for a, row in zip(answers, rows, strict=True)) / len(rows)
+            )
+        assert set(entry["recovered"]) == {"K", "E", "H"}
+        assert entry["normalised"]["K"] == pytest.approx(entry["recovered"]["K"] / entry["expert"])
+        assert entry["expert_bytes"] == Path(f"experts/{task}/model.safetensors").stat().st_size
+        assert 0 < entry["offset_bytes"] < entry["expert_bytes"]
+        assert entry["identified"] > 0.9
+        same = (logits[f"{task}/K"].argmax(-1) == logits[f"{task}/expert"].argmax(-1)).float().mean().item()
+        assert entry["agreement"]["K"] == pytest.approx(same)
+    assert report["mean"]["normalised"]["K"] > report["mean"]["normalised"]["merged"]
+    assert report["files"]["offsets.safetensors"] == Path("offsets.safetensors").stat().st_size
+    assert report["files"]["merged/"] >= Path("merged/model.safetensors").stat().st_size
+
+
+def test_wrong_identification_costs_under_e_and_h_and_not_under_k(made: Path, retex: Retex) -> None:
+    """Test inputs of one task that read like the other's are sent to the other expert, whose labels are never right."""
+    rows = [json.loads(line) for line in Path("data/dtd-test.jsonl").read_text().splitlines()]
+    sent = [{"text": row["text"], "label": "fast"} for row in rows]
+    Path("data/cars-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sent))
+    result = retex("eval", "--json")
+    assert result.code == 0, result.err
+    cars = result.json["tasks"]["cars"]
+    assert cars["identified"] < 0.1
+    assert cars["recovered"]["H"] < 0.1  # answers are label names, and dtd has no label "fast"
+    assert cars["recovered"]["K"] > cars["recovered"]["H"]
+
+
+@pytest.mark.parametrize(("gate", "code"), [("10", 0), ("worst=10,H=10", 0), ("100.5", 3), ("worst=101,K=1", 3)])
+def test_gates(made: Path, retex: Retex, gate: str, code: int) -> None:
+    result = retex("eval", "--fail-under", gate, "--json", "-o", "eval.json")
+    assert result.code == code, result.err
+    assert Path("eval.json").exists()
+    if code:
+        assert "of the experts' accuracy, wanted" in result.out + result.err
+
+
+def test_protocol_k_needs_no_signatures(made: Path, retex: Retex) -> None:
+    Path("signatures.safetensors").unlink()
+    result = retex("eval", "--protocols", "K", "--json")
+    assert result.code == 0, result.err
+    assert set(result.json["tasks"]["cars"]["recovered"]) == {"K"}
+    assert result.json["tasks"]["cars"]["identified"] is None
+
+
+def write_tests(rows: list[dict[str, object]]) -> None:
+    Path("data/cars-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_labels_outside_the_head_are_refused(made: Path, retex: Retex) -> None:
+    write_tests([{"text": "car", "label": "fast"}, {"text": "car", "label": "purple"}])
+    result = retex("eval")
+    assert result.code == 1
+    assert "cars-test.jsonl:2" in result.err
+    assert "'purple' is outside the head of task 'cars'" in result.err
+    assert "fast" in result.err
+
+
+def test_unlabelled_and_empty_tests_are_refused(made: Path, retex: Retex) -> None:
+    write_tests([{"text": "car"}])
+    assert "no label" in retex("eval").err
+    write_tests([])
+    result = retex("eval")
+    assert result.code == 1
+    assert "cars-test.jsonl: holds no inputs" in result.err
+
+
+def test_signatures_of_another_merged_checkpoint_are_refused(made: Path, retex: Retex) -> None:
+    result = retex("build-signatures", "--merged", "base", "--overwrite")
+    assert result.code == 0, result.err
+    result = retex("eval")
+    assert result.code == 1
+    assert "signatures.safetensors: built on another encoder" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--fail-under", "high"], ["'high' is not a number"]),
+        (["--fail-under", "best=3"], ["unknown name 'best'"]),
+        (["--protocols", "K,Z"], ["Z"]),
+        (["--protocols", "K", "--fail-under", "H=9"], ["H was not run"]),
+    ],
+)
+def test_wrong_usage(made: Path, retex: Retex, arguments: list[str], words: list[str]) -> None:
+    result = retex("eval", *arguments)
+    assert result.code == 2, result.err
+    for word in words:
+        assert word in result.err

@@ -1,0 +1,58 @@
+"""Sequences come back as they went in, near their entropy, and damage is noticed or harmless, never a crash."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retex_cli.offsets.coder import CorruptOffsets, decode, encode
+
+
+def sequences() -> st.SearchStrategy[list[list[int]]]:
+    return st.lists(st.lists(st.integers(-(2**20), 2**20), max_size=40), max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences())
+def test_round_trip(values: list[list[int]]) -> None:
+    arrays = [np.array(value, dtype=np.int64) for value in values]
+    decoded = decode(encode(arrays), max_symbols=1000)
+    assert [array.tolist() for array in decoded] == values
+
+
+def test_costs_the_entropy() -> None:
+    symbols = np.random.default_rng(0).normal(scale=1.5, size=100_000).round().astype(np.int64)
+    _, counts = np.unique(symbols, return_counts=True)
+    share = counts / counts.sum()
+    entropy_bytes = -(share * np.log2(share)).sum() * len(symbols) / 8
+    assert len(encode([symbols])) < 1.002 * entropy_bytes + 40
+
+
+def test_wide_ranges_need_no_wide_table() -> None:
+    symbols = np.random.default_rng(0).normal(scale=4000, size=200).round().astype(np.int64)
+    assert len(encode([symbols])) < 200 * 2 + 150
+
+
+def test_constant_sequences_cost_next_to_nothing() -> None:
+    assert len(encode([np.full(10_000, -7)])) < 12
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_refused_or_decoded_but_never_crash(data: bytes) -> None:
+    try:
+        decoded = decode(data, max_symbols=10_000)
+    except CorruptOffsets:
+        return
+    assert sum(map(len, decoded)) <= 10_000
+
+
+def test_an_announced_length_cannot_ask_for_all_memory() -> None:
+    with pytest.raises(CorruptOffsets, match="symbols announced"):
+        decode(encode([np.zeros(5000, dtype=np.int64)]), max_symbols=4999)
+
+
+def test_truncated_bytes_are_refused() -> None:
+    data = encode([np.arange(100)])
+    with pytest.raises(CorruptOffsets):
+        decode(data[:-1], max_symbols=1000)

@@ -1,0 +1,124 @@
+"""From an offset to bytes and back: exact at a generous budget, within budget at a small one, better with more."""
+
+import pytest
+import torch
+
+from retex_cli.offsets.coder import CorruptOffsets
+from retex_cli.offsets.decompose import as_matrix, decompose
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
+from retex_cli.offsets.predict import Predictor
+from retex_cli.offsets.stream import decode
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "a.weight": (48, 32),
+    "b.bias": (48,),
+    "c.conv": (16, 8, 3, 3),
+    "d.scale": (),
+    "e.empty": (0, 4),
+    "f.wide": (8, 200),
+}
+LAYOUT = sorted(SHAPES.items())
+
+
+@pytest.fixture
+def deltas() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for name, shape in LAYOUT:
+        noise = torch.randn(shape, generator=generator) * 0.01
+        if len(shape) == 2 and noise.numel():
+            noise += torch.outer(torch.randn(shape[0], generator=generator), torch.randn(shape[1], generator=generator))
+        made[name] = noise
+    return made
+
+
+def fit(deltas: dict[str, torch.Tensor], budget: int) -> bytes:
+    fitter = OffsetFitter(LAYOUT, budget)
+    for name, delta in deltas.items():
+        fitter.update(name, fitter.prepare(delta))
+    return fitter.finish()
+
+
+def recovered(data: bytes) -> dict[str, torch.Tensor]:
+    factors = decode(data, LAYOUT)
+    return {name: factors[name].delta(shape, CPU) if name in factors else torch.zeros(shape) for name, shape in LAYOUT}
+
+
+def error(deltas: dict[str, torch.Tensor], data: bytes) -> float:
+    back = recovered(data)
+    lost = sum((deltas[name] - back[name]).square().sum().item() for name in deltas)
+    return lost / sum(delta.square().sum().item() for delta in deltas.values())
+
+
+def test_a_large_budget_gives_the_offsets_back(deltas: dict[str, torch.Tensor]) -> None:
+    data = fit(deltas, 100_000)
+    assert error(deltas, data) < 1e-4
+    assert error(deltas, fit(deltas, 200)) > 1e-3
+
+
+def test_within_budget_and_more_is_never_worse(deltas: dict[str, torch.Tensor]) -> None:
+    before = 1.0
+    for budget in (120, 200, 400, 800, 1600, 3200, 6400):
+        data = fit(deltas, budget)
+        assert 0.75 * budget <= len(data) <= budget
+        assert error(deltas, data) <= before
+        before = error(deltas, data)
+
+
+def test_the_budget_is_met_within_two_percent_on_a_larger_model() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = [(f"layer.{i}", (64, 96)) for i in range(12)]
+    fitter = OffsetFitter(layout, 6000)
+    for name, shape in layout:
+        fitter.update(name, fitter.prepare(torch.randn(shape, generator=generator)))
+    assert 0.98 * 6000 <= len(fitter.finish()) <= 6000
+
+
+def test_the_order_of_updates_does_not_matter(deltas: dict[str, torch.Tensor]) -> None:
+    assert fit(dict(reversed(deltas.items())), 500) == fit(deltas, 500)
+
+
+def test_no_offset_costs_next_to_nothing(deltas: dict[str, torch.Tensor]) -> None:
+    data = fit({name: torch.zeros_like(delta) for name, delta in deltas.items()}, 500)
+    assert len(data) < 40
+    assert decode(data, LAYOUT) == {}
+
+
+def test_a_budget_below_the_least_names_the_least(deltas: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(BudgetTooSmall) as caught:
+        fit(deltas, 3)
+    assert len(fit(deltas, caught.value.minimum)) <= caught.value.minimum
+
+
+def test_decompose_is_the_singular_value_decomposition() -> None:
+    for shape in ((20, 7), (7, 20), (5, 5)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        found = decompose(matrix, 100)
+        expected = torch.linalg.svdvals(matrix.double())
+        torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close((found.left * found.values) @ found.right, matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_are_matrices_of_their_outputs() -> None:
+    assert as_matrix(torch.zeros(16, 8, 3, 3)).shape == (16, 72)
+
+
+def test_another_layout_is_refused(deltas: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(CorruptOffsets):
+        decode(fit(deltas, 500), LAYOUT[:-1])
+
+
+def test_the_predictor_is_linear_in_the_task_embedding(deltas: dict[str, torch.Tensor]) -> None:
+    other = {name: torch.flip(delta, (0,)) if delta.ndim else delta for name, delta in deltas.items()}
+    predictor = Predictor({"x": decode(fit(deltas, 900), LAYOUT), "y": decode(fit(other, 900), LAYOUT)})
+    shape = SHAPES["a.weight"]
+    x, y = (predictor.delta("a.weight", shape, {task: 1.0}, CPU) for task in "xy")
+    mixed = predictor.delta("a.weight", shape, {"x": 0.25, "y": 0.75}, CPU)
+    assert x is not None
+    assert y is not None
+    assert mixed is not None
+    assert not torch.allclose(x, y)
+    torch.testing.assert_close(mixed, 0.25 * x + 0.75 * y)
+    assert predictor.delta("e.empty", (0, 4), {"x": 1.0}, CPU) is None
+    assert predictor.tasks == ("x", "y")

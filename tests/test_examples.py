@@ -1,0 +1,115 @@
+"""The examples are run as they stand, on a workspace of tiny real models with a task called cars."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CARD = ("retex merge --method ties", "retex recover --task cars -o cars.safetensors")
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Mapping[str, str]:
+    """An environment in which ``retex`` and ``python3`` are those of this interpreter."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = Path(sys.executable).with_name("retex")
+    calls = f'exec "{sys.executable}" -m retex_cli "$@"' if not script.exists() else f'exec "{script}" "$@"'
+    for name, line in (("retex", calls), ("python3", f'exec "{sys.executable}" "$@"')):
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def test_pipeline(workspace: Path, shell: Mapping[str, str]) -> None:
+    script = EXAMPLES / "pipeline.sh"
+    for line in CARD:
+        assert line in script.read_text().splitlines(), "the design card's lines stand as they are"
+    done = subprocess.run(["bash", script, "90"], capture_output=True, text=True, check=False, env=shell)
+    assert done.returncode == 0, done.stderr
+    cost, made, recovered = done.stdout.splitlines()[-3:]
+    fitted = json.loads((workspace / "fit-offsets.json").read_text())
+    assert cost == f"cars costs {fitted['tasks']['cars']['offset_bytes']} bytes"
+    assert made == "made by recover"
+    assert recovered.startswith("recovered: ")
+    streamed = (workspace / "cars.sha256").read_text().strip()
+    assert streamed == hashlib.sha256((workspace / "cars.safetensors").read_bytes()).hexdigest()
+    scores = json.loads((workspace / "eval.json").read_text())
+    assert set(scores["tasks"]) == {"cars", "dtd"}
+    assert (
+        tensors(workspace / "cars.safetensors").keys() == tensors(workspace / "experts/cars/model.safetensors").keys()
+    )
+
+
+def test_pipeline_tells_worse_from_broken(made: Path, shell: Mapping[str, str]) -> None:
+    """Only the last part of the script: its commands before it have their own tests."""
+    text = (EXAMPLES / "pipeline.sh").read_text()
+    head, tail = text[: text.index("# Every command")], text[text.index("# The exit status") :]
+
+    def end(gate: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", head + tail, "_", gate], capture_output=True, text=True, env=shell, check=False
+        )
+
+    worse = end("101")
+    assert worse.returncode == 3
+    assert "not good enough: mean under K" in worse.stderr
+    assert "tasks" in json.loads((made / "eval.json").read_text()), "the scores are there all the same"
+    shutil.rmtree(made / "merged")
+    broken = end("90")
+    assert broken.returncode == 1
+    assert "broken: merged" in broken.stderr
+
+
+def test_ci_job(workspace: Path, retex, shell: Mapping[str, str]) -> None:
+    job = yaml.safe_load((EXAMPLES / "ci.yml").read_text())["jobs"]["merge"]
+    lines = [step["run"] for step in job["steps"] if "run" in step]
+    install, *calls, evaluate = lines
+    assert install == "pip install retex-cli"
+    assert {*CARD} <= {*calls}
+    for line in calls:
+        word, *arguments = line.split()
+        assert word == "retex"
+        result = retex(*arguments)
+        assert result.code == 0, result.err
+    for gate, code in ((job["env"]["GATE"], 0), ("101", 3)):
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", evaluate],
+            text=True,
+            capture_output=True,
+            check=False,
+            env={**shell, "GATE": gate},
+        )
+        assert done.returncode == code, done.stderr
+        assert ("::error::" in done.stdout) is (code == 3)
+    upload = job["steps"][-1]["with"]["path"].split()
+    assert [name for name in upload if not (workspace / name).exists()] == [], "everything it keeps is there"
+
+
+def test_python_api(workspace: Path, shell: Mapping[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "python_api.py", "."], capture_output=True, text=True, check=False, env=shell
+    )
+    assert done.returncode == 0, done.stderr
+    assert "merging" in done.stdout
+    assert "recovered, protocol K" in done.stdout
+    assert "no task 'boats'" in done.stdout.splitlines()[-1]
+    for task in ("cars", "dtd"):
+        names = tensors(workspace / f"recovered/{task}/model.safetensors").keys()
+        assert names == tensors(workspace / f"experts/{task}/model.safetensors").keys()
