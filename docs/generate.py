@@ -34,8 +34,8 @@ _HEAD = """\
 
 Results go to standard output; progress (bars on a terminal, plain lines elsewhere), notes, warnings and errors go to
 standard error. With `--json` standard output carries exactly one object: the report, or
-`{{"error", "hint", "code"}}`. A missed gate gives both in one object. `-o -` streams the weights to standard output and
-the report to standard error.
+`{{"error", "hint", "code"}}`. A missed gate gives both in one object; `recover` of several tasks gives
+`{{"reports": [...]}}`. `-o -` streams the weights to standard output and the report to standard error.
 
 ## retex.toml
 

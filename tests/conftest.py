@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,8 +15,14 @@ import pytest
 
 _SOURCE = str(Path(__file__).parent.parent / "src")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))  # for subprocesses
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach beyond this machine
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _name, _value in (
+    ("HF_HUB_OFFLINE", "1"),  # no test may reach beyond this machine
+    ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+    ("TRANSFORMERS_VERBOSITY", "error"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),  # spinning threads make tiny models 30 times slower on busy cores
+):
+    os.environ.setdefault(_name, _value)
 
 # What the two tasks are about: words around the point, and for every label the words that give it away.
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
@@ -167,8 +174,9 @@ def tiny_artefacts(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("made") / "workspace"
     shutil.copytree(tiny_models, folder)
-    for command in ("merge", "fit-offsets", "build-signatures"):
-        assert run([command, "--quiet", "--workspace", str(folder)]) == 0
+    with contextlib.chdir(folder):
+        for command in ("merge", "fit-offsets", "build-signatures"):
+            assert run([command, "--quiet"]) == 0
     return folder
 
 

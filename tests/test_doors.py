@@ -18,13 +18,14 @@ DOORS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
+    "parallel": set(),
     "workspace": {"errors"},
     "cli": {*COMMON, "", "workspace", "commands"},
-    "commands": {*COMMON, "", "workspace", *MATHS, "evaluation", "serving", "io", "models"},
+    "commands": {*COMMON, "", "parallel", "workspace", *MATHS, "evaluation", "serving", "io", "models"},
     **dict.fromkeys(MATHS, COMMON),
     "evaluation": {*COMMON, "models"},
     "serving": {*COMMON, "models"},
-    "models": {*COMMON, "io"},
+    "models": {*COMMON, "parallel", "io"},
     "io": COMMON,
 }
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "constriction"}

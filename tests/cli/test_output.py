@@ -14,6 +14,8 @@ from retex_cli.cli import output
 from retex_cli.cli.output import How, PlainProgress, show, show_json, watch
 from retex_cli.commands.report import Json, Table
 
+TITLE = "Tasks, under a title that is longer than a narrow table is wide, and stays on one line"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -22,7 +24,7 @@ class Example:
 
     def tables(self) -> Sequence[Table]:
         wide = "a very wide cell " * 6
-        return (Table("Tasks", ("task", "score", "path"), (("[bold]cars[/]", "0.5", wide), ("dtd", "–", "x"))),)
+        return (Table(TITLE, ("task", "score", "path"), (("[bold]cars[/]", "0.5", wide), ("dtd", "–", "x"))),)
 
     def lines(self) -> Sequence[str]:
         return ("wrote merged/ [1 file]",)
@@ -39,6 +41,8 @@ def test_a_report_shows_tables_and_lines_as_they_are() -> None:
     text = stream.getvalue()
     assert "\x1b" not in text
     assert "[bold]cars[/]" in text
+    assert text.splitlines()[0] == TITLE
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "wrote merged/ [1 file]\n" in text
     assert "a very wide cell " * 5 in text, "without a window nothing is wrapped at 80 columns"
 
@@ -98,6 +102,7 @@ def test_plain_progress_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(100):
         progress.advance()
     progress.note("a fallback")
+    progress.start("nothing at all", 0)
     progress.start("hashing", 1)
     progress.close(done=False)
     lines = stream.getvalue().splitlines()
@@ -107,6 +112,7 @@ def test_plain_progress_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-3].startswith("a fallback")
     assert lines[-2].startswith("merging: 100/100 in ")
     assert lines[-1] == "hashing ...", "what was broken off is not called done"
+    assert "nothing at all" not in stream.getvalue()
     assert "\r" not in stream.getvalue()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retex_cli.commands.merge import MergeConfig, plan, run
 from retex_cli.errors import RetexError, UsageError
+from retex_cli.merging.table import METHODS
 
 Model = dict[str, Tensor]
 
@@ -309,3 +310,49 @@ def test_an_output_that_exists_or_is_an_input_is_refused(family: dict[str, str],
     run(plan(config(family, tmp_path / "merged", overwrite=True)))
     with pytest.raises(RetexError, match="also an input"):
         plan(config(family, family["cars"], overwrite=True))
+
+
+def test_an_adapter_is_merged_as_the_expert_that_it_makes_of_the_base(
+    store: Callable[..., str], tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = {f"layer.{i}.query.weight": torch.randn(8, 8, generator=draw) for i in range(2)}
+    a, b = torch.randn(2, 8, generator=draw), torch.randn(8, 2, generator=draw)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    prefix = "base_model.model.layer.1.query."
+    save_file({prefix + "lora_A.weight": 0.1 * a, prefix + "lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    models = {"base": store("base", base), "lora": str(adapter)}
+    run(plan(config(models, tmp_path / "m.safetensors", method="task_arithmetic", options={"alpha": 0.5})))
+    merged = load_file(tmp_path / "m.safetensors")
+    assert torch.equal(merged["layer.0.query.weight"], base["layer.0.query.weight"])
+    wanted = base["layer.1.query.weight"] + 0.5 * 2 * 0.1 * (b @ a)
+    torch.testing.assert_close(merged["layer.1.query.weight"], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_files_or_says_what_it_lacks(method: str, family: dict[str, str], tmp_path: Path) -> None:
+    """Two prefixed experts with an integer buffer left out: loaded again, every tensor is finite and as the base's."""
+    if METHODS[method].needs == "inputs":
+        with pytest.raises(UsageError, match=f"method '{method}' needs statistics of every task's inputs"):
+            plan(config(family, tmp_path / "m.safetensors", method=method))
+        return
+    run(plan(config(family, tmp_path / "m.safetensors", method=method)))
+    merged, base = load_file(tmp_path / "m.safetensors"), load_file(family["base"] + "/model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in merged.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    changed = sum(not torch.equal(merged[name], base[name]) for name in base)
+    assert changed >= 1, "the merge is not the base"
+
+
+def test_slerp_refuses_more_than_two(family: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'slerp' merges two experts, 3 are given: again, cars, dtd"):
+        plan(config({**family, "again": family["cars"]}, tmp_path / "m.safetensors", method="slerp"))
+
+
+def test_less_memory_gives_the_same_bytes(family: dict[str, str], tmp_path: Path) -> None:
+    for name, limit in (("much", None), ("little", 60_000_000)):
+        run(plan(config(family, tmp_path / f"{name}.safetensors", method="ties", max_memory=limit, threads=1)))
+    assert (tmp_path / "much.safetensors").read_bytes() == (tmp_path / "little.safetensors").read_bytes()

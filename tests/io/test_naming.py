@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from retex_cli.errors import RetexError
@@ -16,7 +18,7 @@ from retex_cli.io.naming import (
 BODY = {"embeddings.word.weight": (9, 4), "encoder.layer.0.w": (4, 4), "encoder.layer.1.w": (4, 4)}
 
 
-def under(prefix: str, names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def under(prefix: str, names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {prefix + name: shape for name, shape in names.items()}
 
 
@@ -36,7 +38,7 @@ def test_the_prefix_is_found_from_names_and_shapes(base: str, expert: str, expec
 
 
 def test_shapes_tell_towers_apart() -> None:
-    towers = {**under("vision.", {name: (8, 8) for name in BODY}), **under("text.", BODY)}
+    towers = {**under("vision.", dict.fromkeys(BODY, (8, 8))), **under("text.", BODY)}
     assert find_prefix(BODY, towers, "x") == Prefix("", "text.")
 
 

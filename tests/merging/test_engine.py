@@ -114,3 +114,14 @@ def test_spans_cover_every_element_once() -> None:
     for one in views:
         assert sum(stop - first for owner, first, stop in pieces if owner is one) == one.numel
     assert all(sum(stop - first for _, first, stop in group) <= 4096 for group in spans(views, 4096))
+
+
+@pytest.mark.parametrize("method", ANY_NUMBER)
+def test_what_a_batch_norm_measured_is_averaged_by_every_method(method: str) -> None:
+    """A variance is no weight: task arithmetic would make it negative here."""
+    name = "bn.running_var"
+    base, experts = {name: torch.ones(4), "w": torch.zeros(4)}, {}
+    for task, variance in (("a", 0.1), ("b", 0.3)):
+        experts[task] = {name: torch.full((4,), variance), "w": torch.ones(4)}
+    merged = merge_tensors(method, base, experts, {"lines": 1})
+    torch.testing.assert_close(merged[name], torch.full((4,), 0.2))

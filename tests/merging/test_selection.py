@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from torch import Tensor
 
 from retex_cli.merging import selection
 from retex_cli.merging.memory import Held
-from retex_cli.merging.selection import bracket, keep_count, shrink_bound, top_magnitudes
+from retex_cli.merging.selection import (
+    Bounds,
+    Population,
+    bracket,
+    keep_count,
+    order_statistics,
+    shrink_bound,
+    top_magnitudes,
+)
 from retex_cli.merging.view import View
 
 
@@ -62,6 +72,16 @@ def test_an_empty_tensor_keeps_nothing() -> None:
     assert top_magnitudes([view_of(torch.empty(0))], 0.5) == {"task0": float("inf")}
 
 
+@pytest.mark.parametrize("kind", ["normal", "lattice", "equal"])
+def test_several_ranks_of_values_of_both_signs(kind: str) -> None:
+    tau = data(kind, 280_000)
+    signed = Population(lambda view: ("value",), lambda view, base, experts: experts.sub_(base))
+    ordered = tau.sort(descending=True).values
+    for room in (1 << 24, 10):
+        found = order_statistics([replace(view_of(tau), room=room)], lambda n: (1, n // 3, 0, n), signed)["value"]
+        assert found == (ordered[0], ordered[280_000 // 3 - 1], float("inf"), ordered[-1])
+
+
 def test_several_tensors_form_one_population() -> None:
     parts = [data("normal", 200_000), 10 * data("normal", 90_000), data("zero", 1000)]
     found = top_magnitudes([view_of(part, name=str(i)) for i, part in enumerate(parts)], 0.1)
@@ -70,20 +90,20 @@ def test_several_tensors_form_one_population() -> None:
 
 def test_a_bracket_that_misses_costs_time_and_not_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     tau = data("normal", 300_000)
-    for wrong in ((2.0, 3.0), (0.0, 0.1)):
+    for wrong in (Bounds(2.0, 3.0), Bounds(0.0, 0.1), Bounds(0.5, 0.5, tied=True)):
         monkeypatch.setattr(selection, "bracket", lambda runs, share, wrong=wrong: wrong)
         assert top_magnitudes([view_of(tau)], 0.2) == {"task0": by_sorting(tau, 0.2)}
 
 
-def test_more_values_than_may_be_held_are_counted_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_values_than_may_be_held_are_counted_instead() -> None:
     tau = data("heavy", 300_000)
-    monkeypatch.setattr(selection, "COLLECT_MOST", 10)
-    assert top_magnitudes([view_of(tau)], 0.2) == {"task0": by_sorting(tau, 0.2)}
+    assert top_magnitudes([replace(view_of(tau), room=10)], 0.2) == {"task0": by_sorting(tau, 0.2)}
 
 
 def test_a_bracket_is_narrow_and_holds_the_quantile() -> None:
     values = data("normal", 1 << 16).abs().numpy()
-    low, high = bracket(np.split(values, 64), 0.2)
+    found = bracket(np.split(values, 64), 0.2)
+    low, high = found.low, found.high
     assert low < float(np.quantile(values, 0.8)) < high
     assert np.mean((values > low) & (values <= high)) < 0.05
 

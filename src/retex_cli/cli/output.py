@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from retex_cli.commands.report import Report, Table
 
 EVERY_SECONDS = 10.0  # between two plain progress lines of one stage: a log that stays readable
-PIPE_COLUMNS = 200  # width of tables where nobody's window decides it
+TABLE_COLUMNS = 200  # a table is never folded into a narrow window: numbers broken over lines cannot be read
 
 
 def note(text: str) -> None:
@@ -53,19 +53,26 @@ def _plain(value: object) -> object:
 def show(report: Report, stream: TextIO | None = None) -> None:
     """Tables, then sentences."""
     stream = sys.stdout if stream is None else stream
-    console = _console(stream)
     for table in report.tables():
-        console.print(_rich_table(table))
-        console.print()
+        _show_table(table, stream)
     for line in report.lines():
         print(line, file=stream)
     stream.flush()
 
 
-def _console(stream: TextIO) -> Console:
+def _show_table(table: Table, stream: TextIO) -> None:
+    """The title on a line of its own, the table, an empty line."""
+    console = _console(stream, TABLE_COLUMNS)
+    with console.capture() as captured:
+        if table.title:
+            console.print(table.title, style="italic", soft_wrap=True)
+        console.print(_rich_table(table))
+    print("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()), file=stream)
+
+
+def _console(stream: TextIO, width: int | None = None) -> Console:
     from rich.console import Console
 
-    width = None if stream.isatty() else PIPE_COLUMNS
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
@@ -74,8 +81,7 @@ def _rich_table(table: Table) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    title = Text(table.title) if table.title else None
-    drawn = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(table.columns):
         numeric = all(_is_number(row[index]) for row in table.rows)
         drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
@@ -100,6 +106,8 @@ class PlainProgress:
     def start(self, label: str, total: int) -> None:
         """Begin a stage; the one before it has ended."""
         self.close()
+        if total < 1:  # nothing to wait for
+            return
         with self._lock:
             self._label, self._total, self._done = label, total, 0
             self._began = self._last = time.monotonic()
@@ -141,12 +149,13 @@ class BarProgress:
         self._stage: TaskID | None = None
 
     def start(self, label: str, total: int) -> None:
-        """Begin a stage."""
-        if self._stage is None:
-            self._bars.start()
-        else:
+        """Begin a stage; the bar of the one before it stops."""
+        if self._stage is not None:
             self._bars.stop_task(self._stage)
-        self._stage = self._bars.add_task(label, total=total)
+        self._stage = None
+        if total > 0:
+            self._bars.start()
+            self._stage = self._bars.add_task(label, total=total)
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar."""

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import retex_cli
 from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of
-from retex_cli.commands.parallel import thread_count
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.artefact import check_artefact, write_artefact
@@ -19,6 +16,7 @@ from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_fingerprint, sha256_file
 from retex_cli.models.device import choose_device
+from retex_cli.parallel import one_thread_each, thread_count
 from retex_cli.progress import Progress
 from retex_cli.signatures import PRESETS, fit
 
@@ -125,13 +123,13 @@ def _take(task: str, path: str, samples: int | None) -> tuple[Example, ...]:
 def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
     """One forward pass an input, then a closed-form fit."""
     config = plan.config
-    torch.set_num_threads(thread_count(config.threads))
     device = choose_device(config.device, progress)
-    encoder = encoder_of(plan.encoder, device, config.max_length)
+    encoder = encoder_of(plan.encoder, device, thread_count(config.threads), config.max_length)
     progress.start("reading features", sum(map(len, plan.inputs.values())))
     features = {task: encoder.features(examples, config.batch_size, progress) for task, examples in plan.inputs.items()}
     progress.start("fitting signatures", 1)
-    signatures = fit(features, preset=config.preset)
+    with one_thread_each():
+        signatures = fit(features, preset=config.preset)
     progress.advance()
     recipe = signatures.to_metadata()
     header = {

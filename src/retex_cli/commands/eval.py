@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from retex_cli.commands.identifier import Identifier
 from retex_cli.commands.offsets_file import OffsetsFile
-from retex_cli.commands.parallel import thread_count
 from retex_cli.commands.recover import tensors_of
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import GateMissed, RetexError, UsageError
@@ -31,6 +29,7 @@ from retex_cli.io.inputs import Example, read_rows
 from retex_cli.models.classifier import Classifier, label_names
 from retex_cli.models.device import choose_device, has_fast_bf16
 from retex_cli.offsets.predict import Predictor
+from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
 
 NO_OFFSETS = ""
@@ -274,7 +273,6 @@ class _Bench:
 def run(plan: EvalPlan, progress: Progress) -> EvalReport:
     """Run every model over every test input. EvalGateMissed, once all is written, where ``fail_under`` is missed."""
     config = plan.config
-    torch.set_num_threads(thread_count(config.threads))
     device = choose_device(config.device, progress)
     tasks = list(plan.tests)
     identifier = None
@@ -288,7 +286,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for name, content in plan.file.side_files(task).items():
                 (folder / name).write_bytes(content)
-            bench.models[task] = Classifier(folder, device)
+            bench.models[task] = Classifier(folder, device, thread_count(config.threads))
         logits = {task: _known(bench, task) for task in tasks}
         identified = _identify(bench, identifier) if identifier else {}
         answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]

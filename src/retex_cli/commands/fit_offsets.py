@@ -25,7 +25,6 @@ from retex_cli.commands.offsets_file import (
     tasks_json,
     usual_dtype,
 )
-from retex_cli.commands.parallel import ordered_map, thread_count
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
@@ -33,8 +32,8 @@ from retex_cli.io.artefact import check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.provenance import checkpoint_digests, fingerprint, sha256_file, tensor_digest
 from retex_cli.models.device import choose_device
-from retex_cli.offsets.decompose import Components
-from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
+from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress
 
 
@@ -193,7 +192,7 @@ def _fit_task(
     names = list(fit.expert.tensors)
     progress.start(f"fitting {fit.task}", len(names))
 
-    def prepare(name: str) -> tuple[bytes, Components | Tensor | None]:
+    def prepare(name: str) -> tuple[bytes, Prepared | None]:
         tensor = fit.expert.read(name)
         digest = tensor_digest(tensor)
         if name not in merged_names or not tensor.is_floating_point():

@@ -10,7 +10,6 @@ from typing import Self
 
 import torch
 
-from retex_cli.commands.parallel import thread_count
 from retex_cli.errors import RetexError
 from retex_cli.io.artefact import open_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +17,7 @@ from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_fingerprint
 from retex_cli.models.device import choose_device
 from retex_cli.models.encoder import Encoder
+from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
 from retex_cli.signatures import Decisions, Signatures
 
@@ -71,7 +71,7 @@ def identifications(sources: Sequence[str], decisions: Decisions, tasks: Sequenc
     ]
 
 
-def encoder_of(checkpoint: Checkpoint, device: torch.device, max_length: int | None) -> Encoder:
+def encoder_of(checkpoint: Checkpoint, device: torch.device, threads: int, max_length: int | None) -> Encoder:
     """The checkpoint as a model whose layers can be read. RetexError for a bare weight file."""
     if checkpoint.folder is None or checkpoint.config is None:
         raise RetexError(
@@ -79,7 +79,7 @@ def encoder_of(checkpoint: Checkpoint, device: torch.device, max_length: int | N
             "merge into a folder: retex merge -o merged/",
         )
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return Encoder(checkpoint.folder, tensors, device, max_length=max_length)
+    return Encoder(checkpoint.folder, tensors, device, threads, max_length=max_length)
 
 
 class Identifier:
@@ -103,7 +103,6 @@ class Identifier:
         batch_size: int = 64,
     ) -> Self:
         """Open a signature file and the encoder it names. RetexError when that is not the encoder it was built on."""
-        torch.set_num_threads(thread_count(threads))
         file = open_artefact(path, format=FORMAT, versions={VERSION})
         try:
             header = json.loads(file.metadata["features"])
@@ -120,7 +119,7 @@ class Identifier:
                 "give the checkpoint that the signatures were built on, or build them again",
             )
         signatures = Signatures.from_tensors({name: file.read(name) for name in file.tensors}, recipe)
-        encoder = encoder_of(checkpoint, choose_device(device, progress), max_length)
+        encoder = encoder_of(checkpoint, choose_device(device, progress), thread_count(threads), max_length)
         return cls(signatures, encoder, batch_size)
 
     def decide(self, examples: Sequence[Example], progress: Progress) -> Decisions:

@@ -104,7 +104,7 @@ def plan(config: InitConfig) -> InitPlan:
     if file.exists() and not config.overwrite:
         raise RetexError(f"{file}: already exists", "pass --overwrite to replace it")
     if folder.exists() and not folder.is_dir():
-        raise RetexError(f"{folder}: is not a folder")
+        raise RetexError(f"{folder}: is not a folder", "name one: retex init DIR")
     base = '# base = "org/name"                     # what the experts were tuned from'
     if config.base is not None:
         base = f"base = {_quoted(_beside(config.base, folder))}"

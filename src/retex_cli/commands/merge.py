@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from retex_cli.commands.merge_plan import Recipe, Stored, account_for, check_accounts, placeholder
+from retex_cli.commands.merge_plan import Recipe, Stored, account_for, check_accounts, config_with_dtype, placeholder
 from retex_cli.commands.merge_report import MergeReport, model_card
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
@@ -24,14 +24,11 @@ from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.dtypes import parse_dtype
 from retex_cli.io.provenance import sha256_file
 from retex_cli.io.writer import Output, TensorSpec, Writer, open_output
-from retex_cli.merging import related
-from retex_cli.merging.engine import Copy, Merge, default_threads, least_budget, stream
+from retex_cli.merging import budget, related
+from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.table import Method, find_method, options_for
 from retex_cli.merging.view import View
 from retex_cli.progress import Progress, Silent
-
-DEFAULT_BUDGET = 1 << 27
-"""Bytes of blocks under way at once where ``max_memory`` does not say."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,6 @@ class MergePlan:
             bytes_in=sum(checkpoint.nbytes for checkpoint in (self.base, *self.experts.values())),
             bytes_out=sum(spec.nbytes for spec in self.specs),
             peak_memory=self.budget,
-            defaults=tuple(o.name for o in self.method.options if o.name not in self.config.options),
         )
 
 
@@ -146,6 +142,11 @@ def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
 def _check_tasks(config: MergeConfig, method: Method) -> None:
     if not config.experts:
         raise UsageError("there is no expert to merge", "give some: --expert NAME=REF, or [tasks.NAME] in retex.toml")
+    if method.needs == "inputs":
+        raise UsageError(
+            f"method {method.name!r} needs statistics of every task's inputs, which this version does not collect",
+            "choose a method that needs none: average, ties, tsv_m",
+        )
     if method.needs == "two experts" and len(config.experts) != 2:
         names = ", ".join(sorted(config.experts))
         raise UsageError(
@@ -196,10 +197,11 @@ def _step(
 
 
 def _budget(config: MergeConfig, method: Method, steps: tuple[Merge | Copy, ...]) -> int:
-    """Bytes of blocks under way: ``max_memory``, or a default that holds the largest tensor where that is needed."""
-    least = least_budget(method, steps, config.threads)
+    """Bytes under way at once: ``max_memory`` if it is enough, or what the method usually takes."""
+    views = [step.view for step in steps if isinstance(step, Merge)]
     if config.max_memory is None:
-        return max(DEFAULT_BUDGET, least)
+        return budget.usual(method, views, config.threads)
+    least = budget.least(method, views, config.threads)
     if config.max_memory < least:
         raise UsageError(
             f"--max-memory {config.max_memory:,} is too little: merging {len(config.experts)} experts by "
@@ -250,7 +252,7 @@ class _Hashing:
 
     def __init__(self, plan: MergePlan) -> None:
         files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
-        self._pool = ThreadPoolExecutor(min(len(files), plan.config.threads or default_threads()), "sha256")
+        self._pool = ThreadPoolExecutor(min(len(files), plan.config.threads or budget.default_threads()), "sha256")
         self._pending = {path: self._pool.submit(sha256_file, path) for path in files}
 
     def all(self) -> dict[Path, str]:
@@ -304,8 +306,6 @@ def _side_files(plan: MergePlan) -> dict[str, bytes | Path]:
     """The base's config and tokenizer, the config with the type of the weights that are written."""
     if plan.output.kind != "folder":
         return {}
-    from retex_cli.commands.merge_plan import config_with_dtype
-
     files: dict[str, bytes | Path] = dict(plan.base.side_files())
     if plan.config.dtype and plan.base.config is not None:
         files["config.json"] = config_with_dtype(plan.base.config, parse_dtype(plan.config.dtype))

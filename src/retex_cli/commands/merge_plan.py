@@ -16,7 +16,8 @@ from retex_cli.io.align import Alignment
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.merging.engine import Copy, Merge
-from retex_cli.merging.table import Method, Value
+from retex_cli.merging.options import Value
+from retex_cli.merging.table import Method
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import retex_cli
 from retex_cli.commands.merge_plan import Accounts, ExpertAccount, Recipe
 from retex_cli.commands.report import Json, Table
-from retex_cli.merging.table import Method, Value
+from retex_cli.merging.options import Value
+from retex_cli.merging.table import Method
 
 SHOWN = 6
 """Names that a line lists before it says how many more there are."""
@@ -29,7 +30,6 @@ class MergeReport:
     bytes_in: int
     bytes_out: int
     peak_memory: int
-    defaults: tuple[str, ...] = ()
     seconds: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)

@@ -176,7 +176,7 @@ class OffsetsFile:
             expert_name = record.expert_name(name)
             shape = info.shape
             if name in record.rows:
-                shape = (record.rows[name], *shape[1:])
+                shape = (shape[0] + self._file.tensors[f"rows/{head}/{expert_name}"].shape[0], *shape[1:])
             parts.append(Part(TensorSpec(expert_name, record.expert_dtype(expert_name), shape), name))
         start = f"tensors/{head}/"
         for name, info in self._file.tensors.items():

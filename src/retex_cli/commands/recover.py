@@ -14,7 +14,6 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.identifier import Identification, Identifier
 from retex_cli.commands.offsets_file import OffsetsFile, Part
-from retex_cli.commands.parallel import ordered_map, thread_count
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
@@ -24,6 +23,7 @@ from retex_cli.io.provenance import checkpoint_digests, tensor_digest
 from retex_cli.io.writer import TensorSpec, Writer, open_output
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.predict import Predictor
+from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress
 
 AUTO = "auto"

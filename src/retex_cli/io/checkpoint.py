@@ -18,7 +18,7 @@ from retex_cli.progress import Progress
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "open_expert"]
 
-_TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
+_TORCH_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
 LowRank = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -212,6 +212,7 @@ def open_expert(reference: str | Path, base: Checkpoint) -> Checkpoint:
             return HubCheckpoint(snapshot)
         for name in ("adapter_config.json", snapshot.weights.file):
             snapshot.bring(name)
+        snapshot.side_files()
         path, revision = snapshot.folder, snapshot.commit
     else:
         revision = None

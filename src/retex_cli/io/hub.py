@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub as hf
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint, check_index, open_file
 from retex_cli.io.folders import Weights, find_weights, is_side_file, read_index, read_json, refuse_adapter
-from retex_cli.io.hub_file import RemoteFile, bring, hub_words, is_network_error
+from retex_cli.io.hub_file import RemoteFile, bring, hub_words, is_outage
 from retex_cli.io.tensors import TensorFile
 from retex_cli.progress import Progress
 
@@ -73,63 +74,67 @@ class Snapshot:
 def resolve(reference: str) -> Snapshot:
     """The commit that an id means now, and its files; from the cache alone when offline or out of reach."""
     repo, revision = parse_id(reference)
-    if hf.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return _cached(reference, repo, revision)
     with hub_words(reference):
-        commit, folder = _commit(repo, revision)
         try:
-            names = _listing(repo, commit)
+            commit = _commit(reference, repo, revision)
+            return Snapshot(reference, repo, commit, _repo_cache(repo) / "snapshots" / commit, _listing(repo, commit))
         except Exception as error:
-            if not is_network_error(error):
+            folder = _cached_folder(repo, revision)
+            if folder is None or not is_outage(error):
                 raise
-            names = _files_of(folder)
-    return Snapshot(reference, repo, commit, folder, names)
+            return Snapshot(reference, repo, folder.name, folder, _files_of(folder))
 
 
 def _repo_cache(repo: str) -> Path:
-    return Path(hf.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _files_of(folder: Path) -> frozenset[str]:
     return frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _cached(reference: str, repo: str, revision: str) -> Snapshot:
+def _cached_folder(repo: str, revision: str) -> Path | None:
     cache = _repo_cache(repo)
     ref = cache / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    folder = cache / "snapshots" / commit
-    if not folder.is_dir():
-        known = sorted(path.name for path in (cache / "snapshots").glob("*"))
+    folder = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    return folder if folder.is_dir() else None
+
+
+def _cached(reference: str, repo: str, revision: str) -> Snapshot:
+    folder = _cached_folder(repo, revision)
+    if folder is None:
+        known = sorted(path.name for path in (_repo_cache(repo) / "snapshots").glob("*"))
         has = f"; the cache has commit {known[-1]}" if known else ""
         raise RetexError(
-            f"{reference}: no such file or folder, and not in the Hub cache {hf.constants.HF_HUB_CACHE}{has}",
+            f"{reference}: no such file or folder, and not in the Hub cache {constants.HF_HUB_CACHE}{has}",
             "HF_HUB_OFFLINE is set: unset it to download, or name what is there",
         )
-    return Snapshot(reference, repo, commit, folder, _files_of(folder))
+    return Snapshot(reference, repo, folder.name, folder, _files_of(folder))
 
 
-def _commit(repo: str, revision: str) -> tuple[str, Path]:
-    """The commit of a revision and its folder in the cache.
+def _commit(reference: str, repo: str, revision: str) -> str:
+    """The commit of a revision, by one request that is not repeated: an outage should show at once.
 
-    Learned by downloading a config under the revision's own name: huggingface_hub then notes in its cache which commit
-    the name meant, and the model opens offline the next time.
+    A config is then downloaded under the revision's own name: huggingface_hub notes in its cache which commit the name
+    meant, and the model opens offline the next time.
     """
     commit: str | None = None
     for name in ("config.json", "adapter_config.json"):
         try:
-            path = Path(hf.hf_hub_download(repo, name, revision=revision))
-        except LocalEntryNotFoundError:
-            raise
+            metadata = hf.get_hf_file_metadata(hf.hf_hub_url(repo, name, revision=revision))
         except EntryNotFoundError as error:
             response = getattr(error, "response", None)
             commit = commit or (response.headers.get("X-Repo-Commit") if response is not None else None)
         else:
-            return path.parent.name, path.parent
+            if metadata.commit_hash:
+                bring(reference, repo, name, revision)
+                return metadata.commit_hash
     commit = commit or hf.HfApi().model_info(repo, revision=revision).sha
     if commit is None:
-        raise RetexError(f"{repo}@{revision}: the Hub does not say which commit this is")
-    return commit, _repo_cache(repo) / "snapshots" / commit
+        raise RetexError(f"{reference}: the Hub does not say which commit this is")
+    return commit
 
 
 def _listing(repo: str, commit: str) -> frozenset[str]:

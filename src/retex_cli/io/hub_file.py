@@ -12,6 +12,7 @@ from typing import Self
 
 import huggingface_hub as hf
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -31,10 +32,10 @@ from retex_cli.progress import Progress
 _FIRST_BYTES = 1 << 17
 
 
-def is_network_error(error: BaseException) -> bool:
-    """Whether the Hub could not be reached, as opposed to what it answered."""
+def is_outage(error: BaseException) -> bool:
+    """Whether the Hub could not be reached or is broken, as opposed to what it says about a model."""
     if isinstance(error, HfHubHTTPError):
-        return False
+        return bool(error.response.status_code >= 500)
     return isinstance(error, (OfflineModeIsEnabled, ConnectionError)) or type(error).__module__.startswith("httpx")
 
 
@@ -50,7 +51,7 @@ def hub_words(reference: str) -> Iterator[None]:
         ) from None
     except RepositoryNotFoundError:
         raise RetexError(
-            f"{reference}: no such file or folder, and the Hub at {hf.constants.ENDPOINT} has no such model",
+            f"{reference}: no such file or folder, and the Hub at {constants.ENDPOINT} has no such model",
             "check the name; a private model needs HF_TOKEN",
         ) from None
     except RevisionNotFoundError:
@@ -58,26 +59,22 @@ def hub_words(reference: str) -> Iterator[None]:
             f"{reference}: the Hub has the model but not this revision", "check what follows the @"
         ) from None
     except LocalEntryNotFoundError as error:
-        raise RetexError(
-            f"{reference}: no such file or folder; the Hub at {hf.constants.ENDPOINT} gave no answer that helps "
-            f"and the cache {hf.constants.HF_HUB_CACHE} does not have it ({_first_cause(error)})",
-            "check the name, the connection and HF_ENDPOINT",
-        ) from None
+        raise _unreachable(reference, error) from None
     except HfHubHTTPError as error:
         raise RetexError(
-            f"{reference}: the Hub at {hf.constants.ENDPOINT} answered {error.response.status_code}", "try again later"
+            f"{reference}: the Hub at {constants.ENDPOINT} answered {error.response.status_code}", "try again later"
         ) from None
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise RetexError(
-                f"{reference}: the disk of the Hub cache {hf.constants.HF_HUB_CACHE} is full",
+                f"{reference}: the disk of the Hub cache {constants.HF_HUB_CACHE} is full",
                 "free some space, or point HF_HOME to another disk",
             ) from None
-        if not is_network_error(error):
+        if not is_outage(error):
             raise
         raise _unreachable(reference, error) from None
     except Exception as error:
-        if not is_network_error(error):
+        if not is_outage(error):
             raise
         raise _unreachable(reference, error) from None
 
@@ -88,9 +85,14 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _unreachable(reference: str, error: BaseException) -> RetexError:
+    if constants.HF_HUB_OFFLINE:
+        return RetexError(
+            f"{reference}: not in the Hub cache {constants.HF_HUB_CACHE}", "HF_HUB_OFFLINE is set: unset it to download"
+        )
+    reason = _first_cause(error)
     return RetexError(
-        f"{reference}: the Hub at {hf.constants.ENDPOINT} cannot be reached ({_first_cause(error)})",
-        "check the connection, or set HF_HUB_OFFLINE=1 to use the cache alone",
+        f"{reference}: not on this machine, and the Hub at {constants.ENDPOINT} does not answer ({reason})",
+        "check the name and the connection; HF_HUB_OFFLINE=1 asks the cache alone",
     )
 
 
@@ -116,7 +118,7 @@ class _Bar:
 def bring(reference: str, repo: str, name: str, commit: str, progress: Progress | None = None) -> Path:
     """Download a file into the Hub cache, unless it is there; ``progress`` is advanced by bytes."""
     bar = type("Bar", (_Bar,), {"progress": progress})
-    with hub_words(reference):
+    with hub_words(f"{reference}: {name}"):
         return Path(hf.hf_hub_download(repo, name, revision=commit, tqdm_class=bar))
 
 
@@ -128,7 +130,7 @@ class RemoteFile:
         self._where = (reference, repo, name, commit)
         self._lock = threading.Lock()
         self._local: SafetensorsFile | None = None
-        with hub_words(reference):
+        with hub_words(f"{reference}: {name}"):
             self.size, header, data_bytes = self._remote_header()
         tensors, _, metadata = parse_header(self.path, header, data_bytes)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
@@ -182,7 +184,7 @@ class RemoteFile:
         _, repo, name, commit = self._where
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         url = hf.hf_hub_url(repo, name, revision=commit)
-        timeout = hf.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
             hf_raise_for_status(response)
             whole = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]

@@ -142,7 +142,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterable[Row]]:
                     raise RetexError(f"{source}: {count} fields, the header has {len(reader.fieldnames or ())}")
                 yield source, row
         except csv.Error as error:
-            raise RetexError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+            raise RetexError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
         finally:
             csv.field_size_limit(before)
 

@@ -48,10 +48,7 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     and removed again if nothing was put into it.
     """
     made = _make_folders(target.parent)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            remove(left)
+    _sweep(target, "tmp")
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     remove(temporary)
     try:
@@ -61,6 +58,14 @@ def temporary_beside(target: Path) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: the output is in it
                 folder.rmdir()
+
+
+def _sweep(target: Path, kind: str) -> None:
+    """Remove what processes that are dead left beside the target."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            remove(left)
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -107,4 +112,5 @@ def put_in_place(new: Path, target: Path) -> None:
             old.rename(target)
             raise
         remove(old)
+        _sweep(target, "old")
     sync_folder(target.parent)

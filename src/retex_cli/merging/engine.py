@@ -8,28 +8,30 @@ tensor is cut, so neither does the output.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
-from retex_cli.merging.table import Method, Value
-from retex_cli.merging.view import BLOCK_ELEMENTS, GRID, Kernel, Source, View, check_finite
+from retex_cli.merging.budget import DEFAULT, GROUP_ELEMENTS, default_threads, first_pass_bytes
+from retex_cli.merging.depth import depths, is_running_statistic
+from retex_cli.merging.linear import average
+from retex_cli.merging.lines import l1_norms, lines, paper_alpha
+from retex_cli.merging.options import Value
+from retex_cli.merging.table import MODIFIERS, Method
+from retex_cli.merging.view import Kernel, Source, View, check_finite
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 AHEAD = 16
-"""Tensors whose first passes (thresholds) run ahead of the one being merged."""
-GROUP_ELEMENTS = 1 << 19
-"""Elements of output that a worker makes in one go."""
+"""Tensors whose first passes run ahead of the one being merged, at most and as far as the budget goes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class Copy:
     source: Source
     numel: int
     dtype: torch.dtype
+
+
+class MethodFunction(Protocol):
+    """One row of the table: first passes over a tensor, then how its blocks are merged."""
+
+    def __call__(self, view: View, **options: Value) -> Kernel: ...
+
+
+class SurveyFunction(Protocol):
+    """What a method must know of the whole model; each of its tensors gets the result as ``view.survey``."""
+
+    def __call__(self, views: Sequence[View], **options: Value) -> object: ...
 
 
 class Sink(Protocol):
@@ -75,21 +89,6 @@ class Pool:
     def close(self) -> None:
         """Drop what has not begun and wait for the rest."""
         self._executor.shutdown(cancel_futures=True)
-
-
-def default_threads() -> int:
-    """One worker per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def least_budget(method: Method, steps: Sequence[Merge | Copy], threads: int | None) -> int:
-    """Bytes that ``method`` holds at least: every worker's block, and the largest tensor if it works on whole ones."""
-    views = [step.view for step in steps if isinstance(step, Merge)]
-    width = max((len(view.experts) + 1 for view in views), default=1)
-    blocks = (threads or default_threads()) * 4 * (max(BLOCK_ELEMENTS, width * GRID) + GROUP_ELEMENTS)
-    if method.granularity == "element":
-        return blocks
-    return blocks + max((8 * view.numel * (len(view.experts) + 1) for view in views), default=0)
 
 
 @contextmanager
@@ -133,48 +132,103 @@ def stream(
     fit the output dtype.
     """
     with _pool(threads) as pool:
-        steps = _survey(method, [_with_pool(step, pool) for step in steps], pool)
-        kernels: deque[Future[Kernel | None]] = deque()
-        ahead = iter(steps)
-        window = _Window(pool, sink, budget, advance)
-        for step in steps:
-            for upcoming in ahead:
-                kernels.append(pool.submit(lambda upcoming: _prepare(method, upcoming), upcoming))
-                if len(kernels) > AHEAD:
-                    break
-            window.add(step, kernels.popleft().result())
+        prepare = _Preparation(method, [_with_pool(step, pool, budget) for step in steps], pool)
+        finished = min(budget // 2, DEFAULT)
+        ahead = _Ahead(prepare, budget - finished)
+        window = _Window(pool, sink, finished, advance)
+        for step in prepare.steps:
+            window.add(step, ahead.next())
         window.drain()
 
 
-def _with_pool(step: Merge | Copy, pool: Pool) -> Merge | Copy:
-    return replace(step, view=replace(step.view, map=pool.map)) if isinstance(step, Merge) else step
+class _Ahead:
+    """First passes under way for the tensors to come, in order, within the budget."""
+
+    def __init__(self, prepare: _Preparation, budget: int) -> None:
+        self.prepare, self.budget = prepare, budget
+        self.coming = deque(prepare.steps)
+        self.under_way: deque[tuple[Future[Kernel | None], int]] = deque()
+
+    def next(self) -> Kernel | None:
+        """The kernel of the next tensor, once it is ready."""
+        self._submit()
+        return self.under_way.popleft()[0].result()
+
+    def _submit(self) -> None:
+        while self.coming and len(self.under_way) < AHEAD:
+            cost = self._cost(self.coming[0])
+            if self.under_way and cost + sum(other for _, other in self.under_way) > self.budget:
+                return
+            self.under_way.append((self.prepare.pool.submit(self.prepare, self.coming.popleft()), cost))
+
+    def _cost(self, step: Merge | Copy) -> int:
+        return first_pass_bytes(self.prepare.method, step.view) if isinstance(step, Merge) else 0
 
 
-def _survey(method: Method, steps: Sequence[Merge | Copy], pool: Pool) -> Sequence[Merge | Copy]:
-    """Let the method look at all tensors with the same options together, and hand each of them what it found."""
-    survey = method.survey_function()
-    if survey is None:
-        return steps
-    groups: dict[tuple[tuple[str, Value], ...], list[View]] = {}
-    for step in steps:
-        if isinstance(step, Merge):
-            groups.setdefault(tuple(sorted(step.options.items())), []).append(step.view)
-    found = {key: survey(views, **dict(key)) for key, views in groups.items()}  # type: ignore[operator]
-    return [
-        replace(step, view=replace(step.view, survey=found[tuple(sorted(step.options.items()))]))
-        if isinstance(step, Merge)
-        else step
-        for step in steps
-    ]
+def _with_pool(step: Merge | Copy, pool: Pool, budget: int) -> Merge | Copy:
+    """Tell a tensor who helps with its first passes, and how many values they may hold: half the budget."""
+    if isinstance(step, Copy):
+        return step
+    return replace(step, view=replace(step.view, map=pool.map, room=max(1 << 16, budget // 8)))
 
 
-def _prepare(method: Method, step: Merge | Copy) -> Kernel | None:
-    """First passes over one tensor; None where there is nothing to compute."""
-    if isinstance(step, Copy) or step.view.numel == 0:
-        return None
-    kernel = method.function()(step.view, **step.options)  # type: ignore[operator]
-    assert isinstance(kernel, Kernel)
-    return kernel
+class _Preparation:
+    """What must be known before a tensor's first block: surveys of the model, then first passes over the tensor."""
+
+    def __init__(self, method: Method, steps: Sequence[Merge | Copy], pool: Pool) -> None:
+        self.function, self.method, self.pool = cast(MethodFunction, method.function()), method, pool
+        self.steps = self._surveyed(cast(SurveyFunction | None, method.survey_function()), steps)
+        self.depths = depths(step.view.name for step in self.steps if isinstance(step, Merge))
+        self.lines_alpha = self._lines_alpha()
+
+    def __call__(self, step: Merge | Copy) -> Kernel | None:
+        """First passes over one tensor; None where there is nothing to compute."""
+        if isinstance(step, Copy) or step.view.numel == 0:
+            return None
+        kernel = self._plain(step)
+        if "lines" not in step.options or is_running_statistic(step.view.name):
+            return kernel
+        given = step.options["lines_alpha"]
+        alpha = self.lines_alpha if given == "auto" else float(given)
+        return lines(kernel, alpha, float(step.options["lines"]), self.depths[step.view.name])
+
+    def _plain(self, step: Merge) -> Kernel:
+        """The method itself; running statistics of a BatchNorm are averaged, whatever the method."""
+        if is_running_statistic(step.view.name):
+            return average(step.view)
+        return self.function(step.view, **own_options(step.options))
+
+    def _surveyed(self, survey: SurveyFunction | None, steps: Sequence[Merge | Copy]) -> Sequence[Merge | Copy]:
+        """Let the method look at all tensors with the same options together; each of them is told what it found."""
+        if survey is None:
+            return steps
+        groups: dict[tuple[tuple[str, Value], ...], list[View]] = {}
+        for step in steps:
+            if isinstance(step, Merge) and not is_running_statistic(step.view.name):
+                groups.setdefault(_key(step), []).append(step.view)
+        found = {key: survey(views, **dict(key)) for key, views in groups.items()}
+        return [
+            replace(step, view=replace(step.view, survey=found.get(_key(step)))) if isinstance(step, Merge) else step
+            for step in steps
+        ]
+
+    def _lines_alpha(self) -> float:
+        """The paper's scale for LiNeS, where one is asked for: it takes a merge of the whole model to know it."""
+        asked = [s for s in self.steps if isinstance(s, Merge) and s.options.get("lines_alpha") == "auto"]
+        if not asked:
+            return 1.0
+        norms = self.pool.map(lambda s: l1_norms(s.view, self._plain(s)) if s.view.numel else (0.0, 0.0), asked)
+        return paper_alpha(norms, max(len(s.view.tasks) for s in asked))
+
+
+def own_options(options: Mapping[str, Value]) -> dict[str, Value]:
+    """The options of the method itself, without the modifiers."""
+    modifiers = {option.name for option in MODIFIERS}
+    return {name: value for name, value in options.items() if name not in modifiers}
+
+
+def _key(step: Merge) -> tuple[tuple[str, Value], ...]:
+    return tuple(sorted(own_options(step.options).items()))
 
 
 class _Window:

@@ -1,10 +1,17 @@
-"""Merges that are linear in the experts."""
+"""Merges that combine whole tensors linearly: the weights depend on few numbers per tensor."""
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
+from retex_cli.errors import UsageError
+from retex_cli.merging.reduce import products, task_vectors
 from retex_cli.merging.view import Kernel, View
+
+COLINEAR = 0.9995
+"""Beyond this cosine the angle is too small to divide by its sine: interpolate linearly."""
 
 
 def sum_rows(rows: Tensor) -> Tensor:
@@ -28,6 +35,16 @@ def average(view: View) -> Kernel:
     return Kernel(merge)
 
 
+def mean_of_task_vectors(view: View, alpha: float = 1.0) -> Kernel:
+    """``base + alpha / T sum_t tau_t``: what the spectral methods do with tensors that are no matrices."""
+    scale = alpha / len(view.tasks)
+
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        return sum_rows(experts.sub_(base)).mul_(scale).add_(base)
+
+    return Kernel(merge)
+
+
 def task_arithmetic(view: View, *, alpha: float) -> Kernel:
     """The base plus the scaled sum of task vectors.
 
@@ -39,3 +56,58 @@ def task_arithmetic(view: View, *, alpha: float) -> Kernel:
         return sum_rows(experts.sub_(base)).mul_(alpha).add_(base)
 
     return Kernel(merge)
+
+
+def slerp(view: View, *, t: float) -> Kernel:
+    """Spherical interpolation between the weights of two experts, from the first name (``t = 0``) to the second.
+
+    Shoemake 1985, https://doi.org/10.1145/325165.325242, on each tensor as one vector: with the angle O between them,
+    ``sin((1 - t) O) / sin O * a + sin(t O) / sin O * b``. Linear where they are all but parallel. The base is not used.
+    """
+    if len(view.tasks) != 2:
+        first, second = 1.0, 0.0
+    else:
+        first, second = _slerp_weights(products(view, lambda base, experts: experts), t)
+
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        merged = experts[0].mul_(first)
+        return merged.add_(experts[1].mul_(second)) if len(view.tasks) == 2 else merged
+
+    return Kernel(merge)
+
+
+def _slerp_weights(inner: Tensor, t: float) -> tuple[float, float]:
+    (aa, ab), (_, bb) = inner.tolist()
+    cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
+    if abs(cosine) > COLINEAR:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def model_stock(view: View) -> Kernel:
+    """Between the base and the mean of the experts, by the angle between their task vectors.
+
+    arXiv 2403.19522, equation 7, for each tensor: ``theta = t mean + (1 - t) theta_0`` with
+    ``t = T cos / (1 + (T - 1) cos)``, where cos is the mean cosine over all pairs of task vectors.
+    """
+    count = len(view.tasks)
+    if count < 2:
+        raise UsageError(
+            f"method 'model_stock' needs two experts or more with tensor {view.name!r}, {view.tasks[0]!r} alone has it",
+            "give another expert",
+        )
+    ratio = _stock_ratio(products(view, task_vectors), count)
+
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        return sum_rows(experts.sub_(base)).mul_(ratio / count).add_(base)
+
+    return Kernel(merge)
+
+
+def _stock_ratio(inner: Tensor, count: int) -> float:
+    norms = inner.diagonal().sqrt()
+    cosines = inner / (norms[:, None] * norms).clamp(min=1e-30)
+    mean = (cosines.sum() - cosines.diagonal().sum()).item() / (count * (count - 1))
+    below = 1 + (count - 1) * mean
+    return count * mean / below if below > 1e-9 else 0.0

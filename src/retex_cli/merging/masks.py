@@ -1,7 +1,10 @@
 """Random masks that depend on (seed, tensor, task, element) and on nothing else: not on blocks, order or threads.
 
-Each element's index goes through an integer hash keyed by SHA-256 of (seed, task, tensor); its upper 31 bits, where a
-product mixes best, are compared with the share to keep. Integer arithmetic only: every device gives the same masks.
+Each element's index goes through an integer hash keyed by SHA-256 of (seed, task, tensor); its 31 bits, compared with
+the share to keep, decide. Integer arithmetic only: every device gives the same masks.
+
+The hash is two rounds of xor-shift and multiply. Shifts are arithmetic, as torch's are, so that the sign bit is lost
+in each round; it is kept out of the index, and what is left, the lower 31 bits of the product, is exactly uniform.
 """
 
 from __future__ import annotations
@@ -13,49 +16,53 @@ import torch
 from torch import Tensor
 
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
-"""Odd multipliers with good avalanche for two rounds of xor-shift and multiply on 32 bits."""
-_THIRD = 0x9E3779B1
-"""Spreads the upper word of the index of a tensor with more than 2**32 elements."""
-_WORD = 1 << 32
+"""Odd multipliers with good avalanche."""
+_HIGH = 0x1E3779B1
+"""Spreads the upper half of the index of a tensor with 2**31 elements or more."""
+_LOW_BITS = 0x7FFFFFFF
 
 
-def keys(seed: int, name: str, tasks: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Two int32 keys ``[T, 1]`` for the tasks' masks of tensor ``name``."""
-    pairs = []
-    for task in tasks:
-        digest = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
-        pairs.append([int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)])
-    both = torch.tensor(pairs, dtype=torch.int32).view(len(tasks), 2)
-    return both[:, :1], both[:, 1:]
+def keys(seed: int, name: str, tasks: Sequence[str]) -> Tensor:
+    """An int32 key of 31 bits per task, ``[T]``, for the masks of tensor ``name``."""
+    digests = [hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest() for task in tasks]
+    numbers = [int.from_bytes(digest[:4], "little") & _LOW_BITS for digest in digests]
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
-def _xor_shift(bits: Tensor, shift: int, scratch: Tensor) -> None:
-    """``bits ^= bits >>> shift`` on unsigned words that torch holds as signed."""
-    torch.bitwise_right_shift(bits, shift, out=scratch)
-    bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+def element_words(start: int, length: int, device: torch.device) -> Tensor:
+    """One int32 word of 31 bits per element from ``start`` on: its index, the upper half mixed into the lower."""
+    index = torch.arange(start, start + length, device=device)
+    if start + length > _LOW_BITS:
+        index = (index ^ (index >> 31) * _HIGH) & _LOW_BITS
+    return index.to(torch.int32)
 
 
-def hashed(first: Tensor, second: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """31 hashed bits, int32 ``[T, length]`` in ``0 .. 2**31``, for the elements from ``start`` on; and scratch."""
-    index = torch.arange(start, start + length, device=first.device)
-    words = index.to(torch.int32)
-    if start + length > _WORD:
-        words.bitwise_xor_((index >> 32).mul_(_THIRD).to(torch.int32))
-    bits = torch.bitwise_xor(words, first)
-    scratch = torch.empty_like(bits)
-    _xor_shift(bits, 16, scratch)
-    bits.mul_(_FIRST).bitwise_xor_(second)
-    _xor_shift(bits, 15, scratch)
-    bits.mul_(_SECOND).bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
-    return bits, scratch
+def hash_into(bits: Tensor, scratch: Tensor, words: Tensor, key: Tensor) -> Tensor:
+    """31 hashed bits, int32 in ``0 .. 2**31``, of each of ``words [n]``, into ``bits``; ``scratch`` is overwritten."""
+    torch.bitwise_xor(words, key, out=bits)
+    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 16, out=scratch)).mul_(_FIRST)
+    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 15, out=scratch)).mul_(_SECOND)
+    return bits.bitwise_and_(_LOW_BITS)
 
 
-def drop_(values: Tensor, density: float, first: Tensor, second: Tensor, start: int) -> Tensor:
-    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) with probability ``1 - density``."""
+def hashed(key: Tensor, start: int, length: int) -> Tensor:
+    """The hashed bits of all tasks, int32 ``[T, length]``, for the elements from ``start`` on."""
+    words = element_words(start, length, key.device)
+    bits = words.new_empty(len(key), length)
+    return hash_into(bits, torch.empty_like(bits), words, key[:, None])
+
+
+def drop_(values: Tensor, density: float, key: Tensor, start: int) -> Tensor:
+    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) with probability ``1 - density``.
+
+    Task by task, so that all that is touched stays in the second-level cache.
+    """
     if density >= 1:
         return values
-    bits, scratch = hashed(first, second, start, values.shape[1])
-    # hash - bound is negative exactly where the entry is kept; its sign, spread over the word, is the mask.
-    torch.bitwise_right_shift(bits.sub_(min(round(density * 2**31), 2**31 - 1)), 31, out=scratch)
-    values.view(torch.int32).bitwise_and_(scratch)
+    words, bound = element_words(start, values.shape[1], values.device), min(round(density * 2**31), _LOW_BITS)
+    bits, scratch = torch.empty_like(words), torch.empty_like(words)
+    for row, one in zip(values.view(torch.int32).unbind(0), key.unbind(0), strict=True):
+        hash_into(bits, scratch, words, one)
+        # hash - bound is negative exactly where the entry is kept; its sign, spread over the word, is the mask.
+        row.bitwise_and_(bits.sub_(bound).bitwise_right_shift_(31))
     return values

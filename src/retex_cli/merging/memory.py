@@ -30,6 +30,12 @@ class Held:
         out.copy_(self.values.reshape(-1)[start : start + out.numel()])
 
 
+def _statistics(name: str, tasks: list[str], given: Mapping[str, Mapping[str, Tensor]]) -> tuple[Held, ...]:
+    if not all(name in given.get(task, {}) for task in tasks):
+        return ()
+    return tuple(Held(f"statistics of {name!r} for {task!r}", given[task][name]) for task in tasks)
+
+
 @dataclass
 class _Collected:
     blocks: list[Tensor] = field(default_factory=list)
@@ -45,13 +51,15 @@ def merge_tensors(
     options: Mapping[str, object] | None = None,
     *,
     overrides: Mapping[str, Mapping[str, object]] | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
     threads: int | None = 1,
 ) -> dict[str, Tensor]:
     """Merge floating-point tensors of any shape by a method of the table; results have the base's names and dtypes.
 
-    ``experts`` maps task names to tensors named and shaped as the base's. ``UsageError`` for an unknown method or
-    option, ``RetexError`` for a NaN or infinity.
+    ``experts`` maps task names to tensors named and shaped as the base's; ``statistics`` tasks to what was measured on
+    their inputs, by tensor name, for methods that need it. ``UsageError`` for an unknown method or option,
+    ``RetexError`` for a NaN or infinity.
     """
     row, tasks = find_method(method), sorted(experts)
     sink = _Collected()
@@ -64,6 +72,7 @@ def merge_tensors(
                 base=Held(f"tensor {name!r} of the base", tensor),
                 experts=tuple(Held(f"tensor {name!r} of {task!r}", experts[task][name]) for task in tasks),
                 seed=seed,
+                statistics=_statistics(name, tasks, statistics or {}),
             ),
             options_for(row, name, options or {}, overrides or {}),
             torch.float32,

@@ -1,4 +1,4 @@
-"""The exact k-th largest magnitude of task vectors, streamed: nothing is held but what lies near the answer.
+"""Exact order statistics of task vectors, streamed: nothing is held but what lies near the answer.
 
 A sample brackets the answer; one pass counts what lies above the bracket and collects what lies in it; a partition of
 the collected values gives the answer, which the counts prove. Should the bracket have missed, two passes of counting by
@@ -10,24 +10,43 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from retex_cli.merging.view import View, spans
 
 Floats = NDArray[np.float32]
+Key = tuple[str, int]
 
 COLLECT_ALL = 1 << 18
 """Up to this many elements, all are collected: a sample would cost more."""
-COLLECT_MOST = 1 << 24
-"""Values held at most (64 MB); past it, count bit patterns."""
 SPAN = 1 << 22
 """Elements that one thread passes over in one go."""
+TIED = 0.002
+"""Share of a sample from which on a bound is counted as a value of its own: weights of few bits repeat theirs."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """Whose order statistics are asked for: ``rows(view)`` names, ``score(view, base, experts)`` gives their values.
+
+    Scores are float32 ``[rows, n]`` for blocks ``base [n]``, ``experts [T, n]``, which they may overwrite; they depend
+    on the element alone, not on the block.
+    """
+
+    rows: Callable[[View], tuple[str, ...]]
+    score: Callable[[View, Tensor, Tensor], Tensor]
+
+
+MAGNITUDES = Population(lambda view: view.tasks, lambda view, base, experts: experts.sub_(base).abs_())
+"""Per task, the magnitudes of its task vector."""
 
 
 def keep_count(elements: int, density: float) -> int:
@@ -38,26 +57,36 @@ def keep_count(elements: int, density: float) -> int:
 def top_magnitudes(views: Sequence[View], density: float) -> dict[str, float]:
     """Per task, the k-th largest ``|tau|`` over all ``views`` together, ``k = keep_count(elements, density)``.
 
-    Entries with ``|tau| >= threshold`` are the top k (and those equal to the k-th).
+    Entries with ``|tau| >= threshold`` are the top k (and those equal to the k-th); 0 where all are kept.
+    """
+    if density >= 1:
+        return {task: 0.0 for view in views for task in view.tasks}
+    found = order_statistics(views, lambda n: (keep_count(n, density),))
+    return {task: values[0] for task, values in found.items()}
+
+
+def order_statistics(
+    views: Sequence[View], ranks: Callable[[int], Sequence[int]], population: Population = MAGNITUDES
+) -> dict[str, tuple[float, ...]]:
+    """Per row of the population, over all ``views`` together, the values of the given ranks (1 is the largest).
+
+    ``ranks(n)`` says which, for a row of n elements; rank 0 gives infinity, as does any rank of an empty row.
     """
     elements: dict[str, int] = {}
     for view in views:
-        for task in view.tasks:
-            elements[task] = elements.get(task, 0) + view.numel
-    wanted = {task: keep_count(n, density) for task, n in elements.items() if n}
-    found = {task: 0.0 for task, k in wanted.items() if k == elements[task]}
-    found.update({task: math.inf for task, n in elements.items() if n == 0})
-    wanted = {task: k for task, k in wanted.items() if task not in found}
-    if not wanted:
-        return found
-    brackets = _brackets(views, elements, wanted)
-    room = _Room(COLLECT_MOST)
-    tallies = {task: _Tally(*brackets[task], room) for task in wanted}
-    _visit(views, tallies, lambda task: _Tally(*brackets[task], room))
-    for task, k in wanted.items():
-        answer = tallies[task].answer(k)
-        found[task] = _by_bits(views, task, k) if answer is None else answer
-    return found
+        for row in population.rows(view):
+            elements[row] = elements.get(row, 0) + view.numel
+    asked = {row: tuple(ranks(n)) if n else () for row, n in elements.items()}
+    wanted = {(row, i): k for row, each in asked.items() for i, k in enumerate(each) if k}
+    found: dict[Key, float] = {}
+    if wanted:
+        shares = {key: k / elements[key[0]] for key, k in wanted.items()}
+        brackets, room = _brackets(views, population, shares), _Room(views[0].room)
+        tallies = _visit(views, population, {key: _TallyMaker(bounds, room) for key, bounds in brackets.items()})
+        for key, k in wanted.items():
+            answer = tallies[key].answer(k)
+            found[key] = _by_bits(views, population, key, k) if answer is None else answer
+    return {row: tuple(found.get((row, i), math.inf) for i in range(len(asked[row] or ranks(1)))) for row in elements}
 
 
 class _Room:
@@ -73,22 +102,40 @@ class _Room:
             return self.left >= 0
 
 
-class _Tally:
-    """Counts of one task's magnitudes above a bracket ``(low, high]``, and the values inside it."""
+class _Counter:
+    """Takes in values block by block; parts counted by several threads are merged."""
 
-    def __init__(self, low: float, high: float, room: _Room) -> None:
-        self.low, self.high, self.room = np.float32(low), np.float32(high), room
-        self.above = self.positive = 0
+    def add(self, values: Floats) -> None:
+        """Take in more values ``[n]``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An interval ``(low, high]`` that probably holds the answer; ``tied``: ``low`` itself may be the answer."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    tied: bool = False
+
+
+class _Tally(_Counter):
+    """Counts of values above an interval, and the values inside it."""
+
+    def __init__(self, bounds: Bounds, room: _Room) -> None:
+        self.low, self.high = np.float32(bounds.low), np.float32(bounds.high)
+        self.tied, self.room = bounds.tied, room
+        self.above = self.at_low = 0
         self.inside: list[Floats] = []
         self.full = False
 
     def add(self, values: Floats) -> None:
-        """Take in more magnitudes ``[n]``."""
+        """Take in more values ``[n]``."""
         if self.full:
             return
         inside = values > self.low
-        if self.low == 0:
-            self.positive += int(np.count_nonzero(inside))
+        if self.tied:
+            self.at_low += int(np.count_nonzero(values == self.low))
         if self.high < np.inf:
             above = values > self.high
             self.above += int(np.count_nonzero(above))
@@ -101,34 +148,45 @@ class _Tally:
     def merge(self, other: _Tally) -> None:
         """Take in what another thread counted."""
         self.above += other.above
-        self.positive += other.positive
+        self.at_low += other.at_low
         self.inside += other.inside
         self.full |= other.full
 
     def answer(self, k: int) -> float | None:
         """The k-th largest, if these counts prove it."""
-        if self.full:
-            return None
         values = np.concatenate(self.inside) if self.inside else np.empty(0, np.float32)
         self.inside = []
-        if self.above < k <= self.above + values.size:
-            place = values.size - (k - self.above)
+        if self.full or k <= self.above:
+            return None
+        place = values.size - (k - self.above)
+        if place >= 0:
             values.partition(place)
             return float(values[place])
-        return 0.0 if self.low == 0 and k > self.positive else None
+        return float(self.low) if self.tied and -place <= self.at_low else None
 
 
-class _Histogram:
-    """Counts of one task's magnitudes by 16 bits of their pattern: the upper ones, or the lower for a given upper."""
+@dataclass(frozen=True)
+class _TallyMaker:
+    bounds: Bounds
+    room: _Room
+
+    def __call__(self) -> _Tally:
+        return _Tally(self.bounds, self.room)
+
+
+class _Histogram(_Counter):
+    """Counts of values by 16 bits of their pattern: the upper ones, or the lower for a given upper."""
 
     def __init__(self, upper: int | None = None) -> None:
         self.upper = upper
         self.counts = np.zeros(1 << 16, np.int64)
 
     def add(self, values: Floats) -> None:
-        """Take in more magnitudes ``[n]``. Patterns of non-negative floats are ordered as the floats are."""
+        """Take in more values ``[n]``."""
         bits = values.view(np.uint32)
-        chosen = bits >> 16 if self.upper is None else bits[(bits >> 16) == self.upper] & 0xFFFF
+        ordered = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+        upper = ordered >> np.uint32(16)
+        chosen = upper if self.upper is None else ordered[upper == self.upper] & np.uint32(0xFFFF)
         self.counts += np.bincount(chosen, minlength=1 << 16)
 
     def merge(self, other: _Histogram) -> None:
@@ -143,52 +201,55 @@ class _Histogram:
         return (1 << 16) - 1 - place, k - before
 
 
-def _by_bits(views: Sequence[View], task: str, k: int) -> float:
+def _by_bits(views: Sequence[View], population: Population, key: Key, k: int) -> float:
     """The k-th largest by two counting passes: always right, never large, slower."""
-    first = {task: _Histogram()}
-    _visit(views, first, lambda _: _Histogram())
-    upper, rank = first[task].rank(k)
-    second = {task: _Histogram(upper)}
-    _visit(views, second, lambda _: _Histogram(upper))
-    lower, _ = second[task].rank(rank)
-    return float(np.uint32(upper << 16 | lower).view(np.float32))
+    upper, rank = _visit(views, population, {key: _Histogram})[key].rank(k)
+    lower, _ = _visit(views, population, {key: lambda: _Histogram(upper)})[key].rank(rank)
+    ordered = upper << 16 | lower
+    bits = ordered ^ (0x80000000 if ordered >> 31 else 0xFFFFFFFF)
+    return float(np.uint32(bits).view(np.float32))
 
 
 C = TypeVar("C", _Tally, _Histogram)
 
 
-def _visit(views: Sequence[View], totals: dict[str, C], new: Callable[[str], C]) -> None:
-    """Pass over all ``views`` once and add every magnitude of each task in ``totals`` to its counter."""
+def _visit(views: Sequence[View], population: Population, make: Mapping[Key, Callable[[], C]]) -> dict[Key, C]:
+    """Pass over all ``views`` once and give every value of each row to the counters of that row."""
 
-    def visit(pieces: list[tuple[View, int, int]]) -> dict[str, C]:
-        counters = {task: new(task) for task in totals}
+    def visit(pieces: list[tuple[View, int, int]]) -> dict[Key, C]:
+        counters = {key: new() for key, new in make.items()}
         for view, first, stop in pieces:
             for _, base, experts in view.blocks(first=first, stop=stop):
-                magnitudes = experts.sub_(base).abs_().numpy()
-                for task, values in zip(view.tasks, magnitudes, strict=True):
-                    if task in counters:
-                        counters[task].add(values)
+                _count(counters, population, view, base, experts)
         return counters
 
+    totals = {key: new() for key, new in make.items()}
     for part in views[0].map(visit, spans(views, SPAN)):
-        for task, counter in part.items():
-            totals[task].merge(counter)
+        for key, counter in part.items():
+            totals[key].merge(counter)
+    return totals
 
 
-def _brackets(
-    views: Sequence[View], elements: dict[str, int], wanted: dict[str, int]
-) -> dict[str, tuple[float, float]]:
-    """Per task an interval ``(low, high]`` that very probably holds the k-th largest magnitude and little else."""
+def _count(counters: Mapping[Key, C], population: Population, view: View, base: Tensor, experts: Tensor) -> None:
+    places = {row: i for i, row in enumerate(population.rows(view))}
+    scores = population.score(view, base, experts).numpy()
+    for (row, _), counter in counters.items():
+        if row in places:
+            counter.add(scores[places[row]])
+
+
+def _brackets(views: Sequence[View], population: Population, shares: Mapping[Key, float]) -> dict[Key, Bounds]:
+    """For each share an interval that very probably holds the value that this share of the row exceeds."""
     total = sum(view.numel for view in views)
     if total <= COLLECT_ALL:
-        return dict.fromkeys(wanted, (-1.0, math.inf))
-    samples: dict[str, list[Floats]] = {task: [] for task in wanted}
+        return dict.fromkeys(shares, Bounds())
+    samples: dict[str, list[Floats]] = {row: [] for row, _ in shares}
     for view, start, length in _sample_places(views, total):
-        base, experts = view.load(start, length)
-        for task, values in zip(view.tasks, experts.sub_(base).abs_().numpy().copy(), strict=True):
-            if task in samples:
-                samples[task].append(values)
-    return {task: bracket(samples[task], k / elements[task]) for task, k in wanted.items()}
+        scores = population.score(view, *view.load(start, length)).numpy().copy()
+        for row, values in zip(population.rows(view), scores, strict=True):
+            if row in samples:
+                samples[row].append(values)
+    return {key: bracket(samples[key[0]], share) for key, share in shares.items()}
 
 
 def _sample_places(views: Sequence[View], total: int) -> list[tuple[View, int, int]]:
@@ -205,13 +266,13 @@ def _sample_places(views: Sequence[View], total: int) -> list[tuple[View, int, i
     return places
 
 
-def bracket(runs: Sequence[Floats], share: float) -> tuple[float, float]:
+def bracket(runs: Sequence[Floats], share: float) -> Bounds:
     """Bounds of the value that a ``share`` of all elements exceeds, five standard errors wide to each side.
 
     The error is estimated from differences between neighbouring runs, so rows that differ widen it.
     """
     if not runs:
-        return -1.0, math.inf
+        return Bounds()
     values = np.sort(np.concatenate(runs))[::-1]
     middle = values[min(values.size - 1, int(share * values.size))]
     shares = np.array([np.mean(run >= middle) for run in runs])
@@ -219,8 +280,8 @@ def bracket(runs: Sequence[Floats], share: float) -> tuple[float, float]:
     margin = 5 * error + 8 / values.size
     top, bottom = int((share - margin) * values.size), int((share + margin) * values.size) + 1
     high = float(values[top]) if share > margin else math.inf
-    low = float(values[bottom]) if bottom < values.size else -1.0
-    return (low, high) if low < high else (float(np.nextafter(np.float32(low), np.float32(-1))), high)
+    low = float(values[bottom]) if bottom < values.size else -math.inf
+    return Bounds(low, high, bool(np.mean(values == low) > TIED))
 
 
 def shrink_bound(threshold: float) -> float:

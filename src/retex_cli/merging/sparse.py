@@ -64,8 +64,8 @@ def ties(view: View, *, density: float, alpha: float, scope: str) -> Kernel:
 
 def _drop_and_rescale(view: View, density: float) -> Callable[[Tensor, int], Tensor]:
     """DARE, arXiv 2311.03099, equation 2: keep each entry with probability ``density``, divide it by ``density``."""
-    first, second = (key.to(view.device) for key in keys(view.seed, view.name, view.tasks))
-    return lambda taus, start: drop_(taus, density, first, second, start).div_(density)
+    key = keys(view.seed, view.name, view.tasks).to(view.device)
+    return lambda taus, start: drop_(taus, density, key, start).div_(density)
 
 
 def dare(view: View, *, density: float, alpha: float) -> Kernel:

@@ -8,72 +8,23 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
 from retex_cli.errors import UsageError
-
-Value = float | int | str | bool
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One setting of a method: its default is the paper's, its type is the default's."""
-
-    name: str
-    default: Value
-    help: str
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def parse(self, value: object, method: str) -> Value:
-        """``value`` (from a flag, a file or a caller) as this option's type; ``UsageError`` if it cannot be meant."""
-        place = f"option {self.name!r} of method {method!r}"
-        if self.choices:
-            if value not in self.choices:
-                raise UsageError(f"{place} is {value!r}", f"it can be {', '.join(self.choices)}")
-            return str(value)
-        if isinstance(self.default, bool):
-            return _parse_bool(value, place)
-        if isinstance(self.default, str):
-            return str(value)
-        return self._parse_number(value, place)
-
-    def _parse_number(self, value: object, place: str) -> float | int:
-        try:
-            if isinstance(value, bool) or not isinstance(value, int | float | str):
-                raise ValueError
-            number = float(value)
-        except ValueError:
-            raise UsageError(f"{place} is {value!r}", "it must be a number") from None
-        if not math.isfinite(number) or not self.low <= number <= self.high:
-            raise UsageError(f"{place} is {value!r}", f"it must lie between {self.low:g} and {self.high:g}")
-        if isinstance(self.default, int):
-            if number != int(number):
-                raise UsageError(f"{place} is {value!r}", "it must be a whole number")
-            return int(number)
-        return number
-
-
-def _parse_bool(value: object, place: str) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    answer = words.get(str(value).lower())
-    if answer is None:
-        raise UsageError(f"{place} is {value!r}", "it must be true or false")
-    return answer
+from retex_cli.merging.options import Option, Value
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """One row of the table.
 
-    ``granularity`` says how much must be in memory at once: "element" a block of elements, "rows" a block of whole
-    rows, "tensor" one tensor of every expert. ``survey`` is the place of an optional function that looks at all tensors
-    before the first is merged (for thresholds over the whole model).
+    ``granularity`` says how much must be in memory at once: "element" a block of elements, "rows" blocks of rows and
+    Gram matrices (and the tensor of every expert if it is wide), "tensor" the tensor of every expert.
+    ``survey`` is the place of an optional function that looks at all tensors before the first is merged (for thresholds
+    over the whole model).
     """
 
     name: str
@@ -99,13 +50,18 @@ class Method:
         return _load(self.survey) if self.survey else None
 
     def resolve(self, given: Mapping[str, object]) -> dict[str, Value]:
-        """All options of this method: those ``given``, checked, and the paper's defaults for the others."""
-        known = {option.name: option for option in self.options}
+        """All options of this method: those ``given``, checked, and the paper's defaults for the others.
+
+        Modifiers are among them only if one is given.
+        """
+        options = self.options + (MODIFIERS if any(o.name in given for o in MODIFIERS) else ())
+        known = {option.name: option for option in options}
         for name in given:
             if name not in known:
+                every = {*known, *(option.name for option in MODIFIERS)}
                 raise UsageError(
                     f"method {self.name!r} has no option {name!r}",
-                    suggest(name, known) or f"it takes {', '.join(known) or 'no options'}",
+                    suggest(name, every) or f"it takes {', '.join(known) or 'no options'}",
                 )
         return {name: o.parse(given[name], self.name) if name in given else o.default for name, o in known.items()}
 
@@ -142,6 +98,8 @@ def options_for(
 
 
 _ALPHA = "how much of the merged task vector is added to the base"
+_INNER = ("ties", "task_arithmetic", "average", "dare", "dare_ties")
+_SWITCH = ("auto", "on", "off")
 _DENSITY = "share of each task vector's entries that is kept"
 
 _ROWS = (
@@ -179,6 +137,170 @@ _ROWS = (
         "sparse:dare_ties",
         (Option("density", 0.1, _DENSITY, 1e-6, 1.0), Option("alpha", 1.0, _ALPHA)),
     ),
+    Method(
+        "della",
+        "DELLA: drop by rank of magnitude at random, rescale, elect signs, average",
+        "2406.11617",
+        "prune:della",
+        (
+            Option("density", 0.7, _DENSITY, 1e-6, 1.0),
+            Option("window", 0.14, "how much likelier the largest entry of a row is kept than the smallest", 0.0, 1.0),
+            Option("alpha", 1.1, _ALPHA),
+        ),
+    ),
+    Method(
+        "breadcrumbs",
+        "Breadcrumbs: drop the smallest entries and the few largest, then task arithmetic",
+        "2312.06795",
+        "prune:breadcrumbs",
+        (
+            Option("density", 0.15, _DENSITY, 0.0, 1.0),
+            Option("gamma", 0.006, "share of largest entries that is dropped", 0.0, 1.0),
+            Option("alpha", 0.2, _ALPHA),
+        ),
+    ),
+    Method(
+        "slerp",
+        "Spherical interpolation between two experts",
+        "https://doi.org/10.1145/325165.325242",
+        "linear:slerp",
+        (Option("t", 0.5, "0 is the first expert by name, 1 the second", 0.0, 1.0),),
+        needs="two experts",
+    ),
+    Method(
+        "model_stock",
+        "Model Stock: between base and mean by the angle of task vectors",
+        "2403.19522",
+        "linear:model_stock",
+    ),
+    Method(
+        "sce",
+        "SCE: select by variance, weigh by energy, erase minority signs",
+        "2408.07990",
+        "unify:sce",
+        (Option("density", 0.1, "share of entries, those that differ most between tasks, that is merged", 0.0, 1.0),),
+    ),
+    Method(
+        "pcb",
+        "PCB: balance the competition of parameters within and across tasks",
+        "2410.02396",
+        "balance:pcb",
+        (
+            Option("density", 0.1, "share of entries of each task with a weight above zero", 1e-6, 1.0),
+            Option("alpha", 1.0, _ALPHA),
+        ),
+        survey="balance:pcb_survey",
+    ),
+    Method(
+        "consensus",
+        "Consensus: task arithmetic on what matters to several tasks (TALL masks)",
+        "2405.07813",
+        "unify:consensus",
+        (
+            Option("tall_lambda", 0.4, "how clearly an entry must matter to count for a task", 0.0),
+            Option("agreement", 2, "to how many tasks an entry must matter", 0),
+            Option("alpha", 0.4, _ALPHA),
+        ),
+    ),
+    Method("emr", "EMR: elected sign, largest magnitude (the unified model)", "2405.17461", "unify:emr"),
+    Method(
+        "tsv_m",
+        "TSV-M: orthogonal top singular vectors of every task",
+        "2412.00081",
+        "spectral:tsv_m",
+        (Option("alpha", 1.0, _ALPHA),),
+        "rows",
+    ),
+    Method(
+        "iso_c",
+        "Iso-C: task arithmetic with a flat spectrum",
+        "2502.04959",
+        "spectral:iso_c",
+        (Option("alpha", 1.0, _ALPHA),),
+        "rows",
+    ),
+    Method(
+        "iso_cts",
+        "Iso-CTS: flat spectrum over common and task-specific subspaces",
+        "2502.04959",
+        "spectral:iso_cts",
+        (
+            Option("common", 0.8, "share of the rank that the common subspace takes", 0.0, 1.0),
+            Option("alpha", 1.0, _ALPHA),
+        ),
+        "rows",
+    ),
+    Method(
+        "knots",
+        "KnOTS: align LoRA task vectors in one basis, merge there",
+        "2410.19735",
+        "knots:knots",
+        (
+            Option("inner", "ties", "the method that merges in the basis", choices=_INNER),
+            Option("density", 0.2, _DENSITY, 1e-6, 1.0),
+            Option("alpha", 0.6, _ALPHA),
+        ),
+        "tensor",
+    ),
+    Method(
+        "doge",
+        "DOGE: a learned common correction outside the shared subspace, then task arithmetic",
+        "2501.01230",
+        "doge:doge",
+        (
+            Option("density", 0.3, _DENSITY, 1e-6, 1.0),
+            Option("scale", 0.07, "norm that each task vector of a layer is scaled to", 0.0),
+            Option("subspace", 6, "the rank is divided by this for the shared subspace", 1),
+            Option("steps", 400, "steps of gradient descent", 0),
+        ),
+        "tensor",
+        survey="doge:doge_survey",
+    ),
+    Method(
+        "fisher",
+        "Fisher-weighted mean",
+        "2111.09832",
+        "inputs:fisher",
+        (
+            Option("normalise", True, "divide each Fisher information by its norm"),
+            Option("floor", 1e-6, "smallest weight", 0.0),
+        ),
+        needs="inputs",
+        survey="inputs:fisher_survey",
+    ),
+    Method(
+        "regmean",
+        "RegMean: the linear layers closest to every expert on its own inputs",
+        "2212.09849",
+        "inputs:regmean",
+        (Option("shrink", 0.9, "factor on the off-diagonal entries of the Gram matrices", 0.0, 1.0),),
+        "tensor",
+        needs="inputs",
+    ),
+    Method(
+        "esm",
+        "ESM: essential subspaces of the outputs' shift",
+        "2606.19164",
+        "esm:esm",
+        (
+            Option("variant", "vision", "the published code that is followed", choices=("vision", "roberta")),
+            Option("alpha", 1.0, _ALPHA),
+            Option("eigenvalues", "auto", "weigh directions by their eigenvalues", choices=_SWITCH),
+            Option("tasks", "auto", "scale tasks by their norm", choices=_SWITCH),
+            Option("columns", "auto", "scale input dimensions by their norm", choices=_SWITCH),
+            Option("layers", "auto", "scale blocks by their norm", choices=_SWITCH),
+            Option("polar", "auto", "make the joined directions orthogonal", choices=_SWITCH),
+        ),
+        "tensor",
+        needs="inputs",
+        survey="esm:esm_survey",
+    ),
 )
+
+MODIFIERS = (
+    Option("lines", 0.0, "LiNeS (2410.17146): how much more the last block's task vector is scaled than the first's"),
+    Option("lines_alpha", "auto", "LiNeS: scale of the first block and of what is outside; auto as in the paper"),
+)
+"""Options that every method takes."""
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}

@@ -94,7 +94,11 @@ class View:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     survey: object = None
     """What the method's survey of the whole model returned."""
+    statistics: tuple[Source, ...] = ()
+    """Per task what was measured on its inputs for this tensor, for methods that need it; empty where there is none."""
     map: ParallelMap = map_serially
+    room: int = 1 << 24
+    """How many values the selection of order statistics may hold."""
 
     @property
     def numel(self) -> int:

@@ -15,6 +15,7 @@ from retex_cli.errors import RetexError
 from retex_cli.io.inputs import Example
 from retex_cli.models.device import inference
 from retex_cli.models.processor import Processor, batches
+from retex_cli.parallel import ordered_map
 from retex_cli.progress import Progress
 
 
@@ -53,8 +54,9 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
     """
     tied = getattr(model, "_tied_weights_keys", None) or ()
     result = model.load_state_dict(dict(tensors), strict=False)
-    if result.unexpected_keys:
-        raise RetexError(f"{source}: tensor {result.unexpected_keys[0]!r} has no place in {type(model).__name__}")
+    lost = [name for name in result.unexpected_keys if tensors[name].is_floating_point()]
+    if lost:  # integers are buffers of other versions of the model, position ids say
+        raise RetexError(f"{source}: tensor {lost[0]!r} has no place in {type(model).__name__}")
     parameters = {name for name, _ in model.named_parameters()}
     lost = [name for name in result.missing_keys if name in parameters and name not in tied]
     if lost:
@@ -75,11 +77,11 @@ def label_names(config: Mapping[str, object]) -> tuple[str, ...]:
 class Classifier:
     """One task's model: built from the side files in ``folder``, filled by ``load``."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, threads: int) -> None:
         self._model = build_model(folder).to(device)
         self._processor = Processor(folder)
         self._device = device
-        self._source = str(folder)
+        self._threads = threads
         self.labels = label_names(json.loads((folder / "config.json").read_text()))
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -89,10 +91,15 @@ class Classifier:
     def logits(self, examples: Sequence[Example], batch_size: int, progress: Progress) -> Tensor:
         """Float32 [n, classes] on the CPU, in the order of ``examples``. Advances progress by one an example."""
         result = torch.empty(len(examples), len(self.labels))
-        for batch in batches(examples, batch_size):
+
+        def forward(batch: list[int]) -> Tensor:
             inputs = self._processor([examples[i] for i in batch])
             with inference(self._device):
-                output = self._model(**{name: value.to(self._device) for name, value in inputs.items()})
-            result[batch] = output.logits.float().cpu()
+                logits: Tensor = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits
+            return logits.float().cpu()
+
+        plan = batches(examples, batch_size)
+        for batch, logits in zip(plan, ordered_map(forward, plan, self._threads), strict=True):
+            result[batch] = logits
             progress.advance(len(batch))
         return result

@@ -13,6 +13,7 @@ from retex_cli.io.inputs import Example
 from retex_cli.models.classifier import build_model, load_weights
 from retex_cli.models.device import inference
 from retex_cli.models.processor import Processor, batches
+from retex_cli.parallel import ordered_map
 from retex_cli.progress import Progress
 
 
@@ -20,12 +21,19 @@ class Encoder:
     """A model in ``folder`` with the weights ``tensors``, read for its hidden states."""
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, Tensor], device: torch.device, *, max_length: int | None = None
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        threads: int,
+        *,
+        max_length: int | None = None,
     ) -> None:
         self._model = build_model(folder)
         load_weights(self._model, tensors, str(folder))
         self._model.to(device)
         self._device = device
+        self._threads = threads
         self._folder = folder
         self._processor = Processor(folder, max_length=max_length)
 
@@ -39,20 +47,26 @@ class Encoder:
 
         Padding does not count. RetexError where the model gives no hidden states of one width.
         """
-        rows: list[Tensor | None] = [None] * len(examples)
-        for batch in batches(examples, batch_size):
-            inputs = self._processor([examples[i] for i in batch])
-            moved = {name: value.to(self._device) for name, value in inputs.items()}
-            with inference(self._device):
-                states = self._model(**moved, output_hidden_states=True).hidden_states
-            if states is None or len({state.shape[-1] for state in states}) != 1:
-                raise RetexError(f"{self._folder}: the model gives no hidden states of one width to take signatures of")
-            mask = moved.get("attention_mask")
-            pooled = torch.stack([_mean(state.float(), mask) for state in states], 1).cpu()
-            for row, index in zip(pooled, batch, strict=True):
-                rows[index] = row
+        plan = batches(examples, batch_size)
+
+        def forward(batch: list[int]) -> Tensor:
+            return self._pooled([examples[i] for i in batch])
+
+        parts = []
+        for batch, part in zip(plan, ordered_map(forward, plan, self._threads), strict=True):
+            parts.append(part)
             progress.advance(len(batch))
-        return torch.stack([row for row in rows if row is not None])
+        order = torch.tensor([index for batch in plan for index in batch])
+        return torch.cat(parts)[order.argsort()]
+
+    def _pooled(self, examples: Sequence[Example]) -> Tensor:
+        inputs = {name: value.to(self._device) for name, value in self._processor(examples).items()}
+        with inference(self._device):
+            states = self._model(**inputs, output_hidden_states=True).hidden_states
+        if states is None or len({state.shape[-1] for state in states}) != 1:
+            raise RetexError(f"{self._folder}: the model gives no hidden states of one width to take signatures of")
+        mask = inputs.get("attention_mask")
+        return torch.stack([_mean(state.float(), mask) for state in states], 1).cpu()
 
 
 def _mean(state: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,54 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retex_cli.offsets.quantiser import DISTORTIONS, RATES
-
-COMPONENT_BITS = 6.0
-"""What a kept component costs beside its entries: its level and its scale, entropy coded."""
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Everything of one tensor that could be kept.
 
-    ``energies`` float64 [k]: squared error that dropping each component leaves, descending. ``entries``: how many
-    numbers a component consists of. ``factors``: 2 for an outer product of two quantised vectors, 1 for a plain vector.
+    ``energies`` float64 [k]: squared error that dropping each component leaves, descending. ``kept`` and ``bits``
+    float64 [levels]: the share of its energy that a component keeps at each level, and what it costs.
     """
 
-    energies: NDArray[np.float64]
-    entries: int
-    factors: int
+    energies: Floats
+    kept: Floats
+    bits: Floats
 
+    @property
+    def hull(self) -> list[int]:
+        """The levels worth using: those on the upper concave hull of (bits, kept) from (0, 0)."""
+        hull: list[int] = []
+        for level in range(len(self.bits)):
+            while hull and self._slope(hull[-1], level) >= self._slope(hull[-2] if len(hull) > 1 else -1, hull[-1]):
+                hull.pop()
+            if self._slope(hull[-1] if hull else -1, level) > 0:
+                hull.append(level)
+        return hull
 
-@cache
-def _hull(entries: int, factors: int) -> tuple[tuple[int, float, float], ...]:
-    """The levels worth using, as (level, share of the energy kept, bits), on the upper concave hull from (0, 0).
-
-    Two vectors quantised to centroids with relative errors D keep (1 - D)^2 of the energy of their outer product.
-    """
-    kept = (1 - DISTORTIONS) ** factors
-    bits = COMPONENT_BITS + entries * RATES
-    hull: list[tuple[int, float, float]] = []
-    for level in range(len(RATES)):
-        while hull:
-            _, kept_before, bits_before = hull[-2] if len(hull) > 1 else (-1, 0.0, 0.0)
-            slope_before = (hull[-1][1] - kept_before) / (hull[-1][2] - bits_before)
-            if slope_before > (kept[level] - hull[-1][1]) / (bits[level] - hull[-1][2]):
-                break
-            hull.pop()
-        hull.append((level, float(kept[level]), float(bits[level])))
-    return tuple(hull)
-
-
-def minimum_bits(entries: int, factors: int) -> float:
-    """Bits of the cheapest useful form of a component with ``entries`` numbers."""
-    return _hull(entries, factors)[0][2]
+    def _slope(self, low: int, high: int) -> float:
+        """Energy gained per bit from one level to another; -1 is dropping the component."""
+        kept, bits = (self.kept[low], self.bits[low]) if low >= 0 else (0.0, 0.0)
+        return float((self.kept[high] - kept) / (self.bits[high] - bits))
 
 
 def allocate(candidates: Sequence[Candidates], bits: float) -> list[list[int]]:
@@ -64,16 +51,16 @@ def allocate(candidates: Sequence[Candidates], bits: float) -> list[list[int]]:
     offset = 0
     for candidate in candidates:
         owner = np.arange(offset, offset + len(candidate.energies))
-        offset += len(candidate.energies)
+        offset += len(owner)
         if not len(owner):
             continue
         kept_before = bits_before = 0.0
-        for level, kept, cost in _hull(candidate.entries, candidate.factors):
-            gains.append(candidate.energies * (kept - kept_before))
-            costs.append(np.full(len(owner), cost - bits_before))
+        for level in candidate.hull:
+            gains.append(candidate.energies * (candidate.kept[level] - kept_before))
+            costs.append(np.full(len(owner), candidate.bits[level] - bits_before))
             owners.append(owner)
             levels.append(np.full(len(owner), level))
-            kept_before, bits_before = kept, cost
+            kept_before, bits_before = float(candidate.kept[level]), float(candidate.bits[level])
     chosen = np.full(offset, -1)
     if gains:
         _take(
@@ -84,8 +71,8 @@ def allocate(candidates: Sequence[Candidates], bits: float) -> list[list[int]]:
 
 
 def _take(
-    gains: NDArray[np.float64],
-    costs: NDArray[np.float64],
+    gains: Floats,
+    costs: Floats,
     owners: NDArray[np.int64],
     levels: NDArray[np.int64],
     bits: float,

@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from retex_cli.offsets import stream
-from retex_cli.offsets.allocate import Candidates, allocate, minimum_bits
+from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
-from retex_cli.offsets.quantiser import dequantise, quantise
-from retex_cli.offsets.stream import Coded, Shape
+from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
+from retex_cli.offsets.stream import LONG, Coded, Context, Shape
 
-TOLERANCE = 0.98
+TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
+COMPONENT_BITS = 6.0
+"""What a kept component costs beside its entries: its level and its scale, entropy coded."""
+MEASURED = 8
+"""Leading long vectors on which the curve of a tensor is measured."""
+
+Prepared = tuple[Components | Tensor, Candidates]
+"""A decomposed offset (or a vector as it is) and what keeping its parts would cost and gain."""
 
 
 class BudgetTooSmall(ValueError):
@@ -41,52 +48,57 @@ class OffsetFitter:
     def __init__(self, layout: Sequence[tuple[str, Shape]], budget: int) -> None:
         self._layout = list(layout)
         self._budget = budget
-        self._components: dict[str, Components | Tensor] = {}
+        self._prepared: dict[str, Prepared] = {}
 
-    def max_rank(self, shape: Shape) -> int:
-        """More components than this cannot be paid from the budget."""
-        return int(8 * self._budget // minimum_bits(sum(stream.sides(shape)), 2)) + 1
+    def prepare(self, delta: Tensor) -> Prepared:
+        """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
 
-    def prepare(self, delta: Tensor) -> Components | Tensor:
-        """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side."""
+        ``delta`` is the offset ``expert - merged`` of one tensor, float32, on any device.
+        """
         if delta.ndim < 2:
-            return delta.reshape(-1).clone()
-        return decompose(as_matrix(delta), self.max_rank(tuple(delta.shape)))
+            vector = delta.reshape(-1).cpu()
+            return vector, _vector_candidates(vector)
+        components = decompose(as_matrix(delta), self._affordable(tuple(delta.shape)))
+        return components, _component_candidates(components)
 
-    def update(self, name: str, prepared: Components | Tensor) -> None:
-        """Takes what ``prepare`` made of the offset ``expert - merged`` (float32) of the tensor ``name``."""
-        self._components[name] = prepared
+    def update(self, name: str, prepared: Prepared) -> None:
+        """Takes what ``prepare`` made of the offset of tensor ``name``."""
+        self._prepared[name] = prepared
+
+    def _affordable(self, shape: Shape) -> int:
+        """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
+        return int(8 * self._budget / (max(shape[0], 1) / 2)) + 1
 
     def finish(self) -> bytes:
-        """The coded offsets: at most the budget, and at least ``TOLERANCE`` of it unless everything fits in less.
+        """The coded offsets: at most the budget, and near it unless everything fits in less.
 
         Raises ``BudgetTooSmall`` when nothing useful fits.
         """
         candidates = [self._candidates(name) for name, _ in self._layout]
-        if all(not (candidate.energies > 0).any() for candidate in candidates):
-            return stream.encode([[] for _ in self._layout])  # the expert is the merged checkpoint
+        if not any((candidate.energies > 0).any() for candidate in candidates):
+            return stream.encode([[] for _ in self._layout], {})  # the expert is the merged checkpoint
         best, best_levels = b"", None
         target, highest, lowest = 8.0 * self._budget, math.inf, 0.0
         for _ in range(12):
             levels = allocate(candidates, target)
             if levels == best_levels:
                 break
-            data = self._encode(levels)
-            if len(data) <= self._budget:
+            data = self._encode(levels) if any(levels) else b""
+            if data and len(data) <= self._budget:
                 lowest = target
                 if len(data) > len(best):
                     best, best_levels = data, levels
                 if len(data) >= TOLERANCE * self._budget:
                     break
-            else:
+            elif data:
                 highest = target
-            guess = target * 0.995 * self._budget / len(data)
+            guess = target * 0.995 * self._budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
         return best or self._least(candidates)
 
     def _least(self, candidates: list[Candidates]) -> bytes:
         """The one component that takes the fewest bytes, if the budget has them."""
-        prices = [minimum_bits(c.entries, c.factors) if (c.energies > 0).any() else math.inf for c in candidates]
+        prices = [float(c.bits[c.hull[0]]) if (c.energies > 0).any() else math.inf for c in candidates]
         cheapest = prices.index(min(prices))
         levels: list[list[int]] = [[] for _ in candidates]
         [levels[cheapest]] = allocate([candidates[cheapest]], prices[cheapest])
@@ -96,39 +108,108 @@ class OffsetFitter:
         return data
 
     def _candidates(self, name: str) -> Candidates:
-        kept = self._components.get(name)
-        if kept is None:
-            return Candidates(np.zeros(0), 0, 1)
-        if isinstance(kept, Tensor):
-            return Candidates(np.array([float(kept.double().square().sum())]), kept.numel(), 1)
-        energies = kept.values.double().square().numpy()
-        return Candidates(energies, kept.left.shape[0] + kept.right.shape[1], 2)
+        return self._prepared[name][1] if name in self._prepared else Candidates(*(np.zeros(0) for _ in range(3)))
 
     def _encode(self, levels: list[list[int]]) -> bytes:
-        return stream.encode([self._code(name, chosen) for (name, _), chosen in zip(self._layout, levels, strict=True)])
+        """Quantise the right vectors, re-fit the left ones to what they became (least squares), quantise those."""
+        kept = {name: chosen for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
+        rights, lefts = _Quantised(), _Quantised()
+        for name, chosen in kept.items():
+            components = self._prepared[name][0]
+            if isinstance(components, Components):
+                unit = math.sqrt(components.right.shape[1])
+                for row, level in zip(components.right, chosen, strict=False):
+                    _, context = stream.contexts(level, len(components.left), len(row))
+                    rights.add(name, context, row * unit)
+        scales: dict[str, list[int]] = {}
+        for name, chosen in kept.items():
+            components = self._prepared[name][0]
+            if isinstance(components, Components):
+                unit = math.sqrt(components.right.shape[1])
+                columns = _refit(components, torch.stack(rights.decoded(name)) / unit)
+            else:
+                columns = components[:, None]
+            scales[name] = [stream.scale_code(max(float(c.square().mean().sqrt()), 1e-30)) for c in columns.T]
+            right = components.right.shape[1] if isinstance(components, Components) else 0
+            for column, scale, level in zip(columns.T, scales[name], chosen, strict=True):
+                context, _ = stream.contexts(level, len(column), right)
+                lefts.add(name, context, column / stream.scale_value(scale))
+        coded = []
+        for (name, _), chosen in zip(self._layout, levels, strict=True):
+            left = lefts.symbols.get(name, [])
+            right_symbols: Sequence[Tensor | None] = rights.symbols.get(name) or [None] * len(chosen)
+            coded.append(
+                [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left, right_symbols, strict=True)]
+            )
+        return stream.encode(coded, {**rights.shifts(), **lefts.shifts()})
 
-    def _code(self, name: str, levels: list[int]) -> list[Coded]:
-        if not levels:
-            return []
-        kept = self._components[name]
-        if isinstance(kept, Tensor):
-            scale = stream.scale_code(float(kept.square().mean().sqrt()))
-            return [Coded(levels[0], scale, quantise(kept / stream.scale_value(scale), levels[0]), None)]
-        return _code_components(kept, levels)
+
+def _refit(components: Components, right: Tensor) -> Tensor:
+    """Least squares: the left vectors [m, k] that fit the offset best with the decoded right vectors [k, n]."""
+    gram = (right @ right.T).double()
+    ridge = 1e-6 * float(gram.diagonal().mean()) * torch.eye(len(right), dtype=torch.float64)
+    mixing = torch.linalg.solve(gram + ridge, (right @ components.right.T).double()).float()  # [kept, all]
+    left: Tensor = (components.left * components.values) @ mixing.T
+    return left
 
 
-def _code_components(components: Components, levels: list[int]) -> list[Coded]:
-    """Quantise the right vectors, re-fit the left ones to what they became (least squares), quantise those."""
-    width = components.right.shape[1]
-    unit = math.sqrt(width)
-    right = [quantise(row * unit, level) for row, level in zip(components.right, levels, strict=False)]
-    decoded = torch.stack([dequantise(row, level) for row, level in zip(right, levels, strict=True)]) / unit
-    gram = (decoded @ decoded.T).double()
-    ridge = 1e-6 * float(gram.diagonal().mean()) * torch.eye(len(levels), dtype=torch.float64)
-    mixing = torch.linalg.solve(gram + ridge, (decoded @ components.right.T).double()).float()  # [kept, k]
-    left = (components.left * components.values) @ mixing.T
-    coded = []
-    for column, row, level in zip(left.T, right, levels, strict=True):
-        scale = stream.scale_code(max(float(column.square().mean().sqrt()), 1e-30))
-        coded.append(Coded(level, scale, quantise(column / stream.scale_value(scale), level), row))
-    return coded
+class _Quantised:
+    """Vectors and their symbols by tensor, with the shifts of every context over all tensors."""
+
+    def __init__(self) -> None:
+        self.symbols: dict[str, list[Tensor]] = {}
+        self._contexts: dict[str, list[Context]] = {}
+        self._pools: dict[Context, list[tuple[Tensor, Tensor]]] = {}
+        self._shifts: dict[Context, list[int]] | None = None
+
+    def add(self, name: str, context: Context, vector: Tensor) -> None:
+        """One more vector of tensor ``name``, of unit variance."""
+        symbols = quantise(vector, context[0])
+        self.symbols.setdefault(name, []).append(symbols)
+        self._contexts.setdefault(name, []).append(context)
+        self._pools.setdefault(context, []).append((vector, symbols))
+        self._shifts = None
+
+    def shifts(self) -> dict[Context, list[int]]:
+        """See ``quantiser.centroid_shifts``; complete once everything is added."""
+        if self._shifts is None:
+            self._shifts = {
+                context: centroid_shifts(torch.cat([v for v, _ in pool]), torch.cat([s for _, s in pool]), context[0])
+                for context, pool in self._pools.items()
+            }
+        return self._shifts
+
+    def decoded(self, name: str) -> list[Tensor]:
+        """What the decoder will make of the vectors of a tensor."""
+        shifts = self.shifts()
+        return [
+            dequantise(symbols, context[0], shifts[context])
+            for symbols, context in zip(self.symbols[name], self._contexts[name], strict=True)
+        ]
+
+
+def _vector_candidates(vector: Tensor) -> Candidates:
+    energy = float(vector.double().square().sum())
+    return Candidates(
+        np.array([energy] if energy > 0 else []),
+        1 - NORMAL.distortions[:LEVELS],
+        COMPONENT_BITS + vector.numel() * NORMAL.rates[:LEVELS],
+    )
+
+
+def _component_candidates(components: Components) -> Candidates:
+    """Two vectors with relative errors D and E keep (1 - D) (1 - E) of the energy of their outer product."""
+    left, right = len(components.left), components.right.shape[1]
+    curves = [_curve(components.left.T, left), _curve(components.right, right)]
+    kept, bits = np.ones(LEVELS), np.full(LEVELS, COMPONENT_BITS)
+    for curve, length, shift in zip(curves, (left, right), stream.finer(left, right), strict=True):
+        levels = np.minimum(np.arange(LEVELS) + shift, len(curve.rates) - 1)
+        kept *= 1 - curve.distortions[levels]
+        bits += length * curve.rates[levels]
+    return Candidates(components.values.double().square().numpy(), kept, bits)
+
+
+def _curve(vectors: Tensor, length: int) -> Curve:
+    if length < LONG or not len(vectors):
+        return NORMAL
+    return measure(vectors[:MEASURED] * math.sqrt(length))

@@ -1,65 +1,109 @@
-"""The scalar quantiser of the offsets: a ladder of uniform mid-tread steps with centroid reconstruction.
+"""The scalar quantiser of the offsets: a ladder of uniform mid-tread steps, decoded to where entries really lie.
 
-Vectors are scaled to unit variance first. Level ``l`` rounds to multiples of ``STEPS[l] = 2 ** (1 - l / 2)``; a symbol
-is decoded to the mean of a unit normal inside its cell, so no level ever leaves more error than dropping the vector (a
-mid-tread quantiser that decodes to cell middles does, under about 0.8 bits). Singular vectors of real offsets follow
-the normal rate to two decimals, so rate and distortion are tabulated for it once.
+Vectors are scaled to unit variance first. Level ``l`` rounds to multiples of ``2 ** (2 - l / 2)``. A symbol is decoded
+to the mean of the entries that were rounded to it, so no level ever leaves more error than dropping the vector (a
+mid-tread quantiser that decodes to cell middles does, under about 0.8 bits). Singular vectors of most offsets follow
+the normal rate to two decimals, so rate and distortion are tabulated for it once; embedding tables, of whose rows only
+a few have moved, cost a fraction of that and are measured.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-LEVELS = 20
-STEPS = tuple(2.0 ** (1 - level / 2) for level in range(LEVELS))
+LEVELS = 24
+"""Levels that an allocation may choose; the shorter vector of a component may lie beyond them."""
+SHIFTS = 3
+"""Magnitudes 1, 2 and 3 or more each have their own distance from the cell's middle to its mean."""
+_SHIFT_UNIT = 64
+_FINE = 14
+"""From this level on a cell is so small that a normal density is flat in it."""
 
 
-def _normal_density(x: float) -> float:
-    return math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+def step(level: int) -> float:
+    """Distance of neighbouring values, for entries of unit variance."""
+    return math.pow(2.0, 2 - level / 2)
 
 
-def _normal_tail(x: float) -> float:
-    """P(z > x); keeps its relative precision far out, where a difference of cumulative values has none."""
+@dataclass(frozen=True)
+class Curve:
+    """What each level costs and leaves for one kind of vectors, per entry of unit variance.
+
+    ``rates`` in bits, ``distortions`` as mean squared error; float64, indexed by level.
+    """
+
+    rates: NDArray[np.float64]
+    distortions: NDArray[np.float64]
+
+
+def _tail(x: float) -> float:
+    """P(z > x) of a unit normal; keeps its relative precision far out, where a difference has none."""
     return 0.5 * math.erfc(x / math.sqrt(2))
 
 
-def _characterise(step: float) -> tuple[float, float, list[float]]:
-    """Bits per entry, mean squared error per entry, and the decoded values of symbols 0, 1, 2, … for a unit normal."""
-    centre = 1 - 2 * _normal_tail(step / 2)
-    rate, kept, values = -centre * math.log2(centre), 0.0, [0.0]
-    while True:
-        low, high = (len(values) - 0.5) * step, (len(values) + 0.5) * step
-        mass = _normal_tail(low) - _normal_tail(high)
-        if mass < 1e-15:
-            break
-        centroid = (_normal_density(low) - _normal_density(high)) / mass
-        values.append(centroid)
+def _density(x: float) -> float:
+    return math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _normal_level(level: int) -> tuple[float, float]:
+    width = step(level)
+    if level >= _FINE:
+        return 0.5 * math.log2(2 * math.pi * math.e) - math.log2(width), width * width / 12
+    centre = 1 - 2 * _tail(width / 2)
+    rate, kept, symbol = -centre * math.log2(centre), 0.0, 1
+    while (mass := _tail((symbol - 0.5) * width) - _tail((symbol + 0.5) * width)) > 1e-15:
+        mean = (_density((symbol - 0.5) * width) - _density((symbol + 0.5) * width)) / mass
         rate -= 2 * mass * math.log2(mass)
-        kept += 2 * mass * centroid * centroid
-    return rate, 1 - kept, values
+        kept += 2 * mass * mean * mean
+        symbol += 1
+    return rate, 1 - kept
 
 
-_CHARACTERS = [_characterise(step) for step in STEPS]
-RATES = np.array([rate for rate, _, _ in _CHARACTERS])
-"""Bits per entry of each level."""
-DISTORTIONS = np.array([error for _, error, _ in _CHARACTERS])
-"""Mean squared error per unit-variance entry of each level."""
-_VALUES = [torch.tensor(values, dtype=torch.float32) for _, _, values in _CHARACTERS]
+def _normal_curve(levels: int) -> Curve:
+    points = np.array([_normal_level(level) for level in range(levels)])
+    return Curve(points[:, 0], points[:, 1])
+
+
+NORMAL = _normal_curve(2 * LEVELS)
+"""The curve of normal entries."""
+
+
+def measure(vectors: Tensor) -> Curve:
+    """The curve of the entries of ``vectors`` (float32 [k, n], rows of unit variance), as coded with a table of their
+    own; levels at which nearly every entry has a symbol to itself are taken from the normal curve."""
+    rates, distortions = NORMAL.rates[:LEVELS].copy(), NORMAL.distortions[:LEVELS].copy()
+    for level in range(_FINE):
+        symbols = quantise(vectors, level)
+        counts = torch.bincount((symbols - symbols.min()).flatten())
+        share = counts[counts > 0] / symbols.numel()
+        rates[level] = -float((share * share.log2()).sum())
+        decoded = dequantise(symbols, level, centroid_shifts(vectors, symbols, level))
+        distortions[level] = min(1.0, float((vectors - decoded).square().mean()))
+    return Curve(rates, np.minimum.accumulate(distortions))
 
 
 def quantise(x: Tensor, level: int) -> Tensor:
     """Symbols (int32) of unit-variance entries ``x`` (float32, any shape)."""
-    return torch.round(x / STEPS[level]).to(torch.int32)
+    return torch.round(x / step(level)).to(torch.int32)
 
 
-def dequantise(symbols: Tensor, level: int) -> Tensor:
-    """Decoded entries (float32) of ``symbols`` (integer, any shape): cell centroids, cell middles past the table."""
-    values = _VALUES[level]
+def centroid_shifts(x: Tensor, symbols: Tensor, level: int) -> list[int]:
+    """How far, in 64ths of a step, the mean of the entries of each magnitude lies below the middle of its cell."""
+    below = symbols.abs() - x.abs() / step(level)
+    magnitude = symbols.abs().clamp(max=SHIFTS).flatten().long()
+    counts = torch.bincount(magnitude, minlength=SHIFTS + 1).clamp_min(1)
+    sums = torch.bincount(magnitude, weights=below.flatten().double(), minlength=SHIFTS + 1)
+    return [round(_SHIFT_UNIT * value) for value in (sums / counts)[1:].tolist()]
+
+
+def dequantise(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
+    """Decoded entries (float32) of ``symbols`` (integer, any shape)."""
+    below = torch.tensor([0.0, *shifts], dtype=torch.float32) / _SHIFT_UNIT
     magnitude = symbols.abs()
-    inside = values[magnitude.clamp(max=len(values) - 1).long()]
-    decoded = torch.where(magnitude < len(values), inside, magnitude * STEPS[level])
-    return decoded * symbols.sign()
+    return symbols.sign() * (magnitude - below[magnitude.clamp(max=SHIFTS).long()]) * step(level)

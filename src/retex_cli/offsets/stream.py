@@ -2,7 +2,8 @@
 
 All shared tensors in the order of the merged checkpoint's sorted names, whose shapes both sides know. Sequences, in
 this order, through ``coder``: components per tensor; their levels; the base-two logarithms of their scales in eighths;
-then for every (level, kind) in use the symbols of all its vectors, the right vector of a component before its left one.
+for every context in use the shifts of its decoded values; then the symbols of every context. A context is all vectors
+of one level and one kind, in the order of tensors and components.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import torch
 from torch import Tensor
 
 from retex_cli.offsets import coder
-from retex_cli.offsets.quantiser import LEVELS, dequantise
+from retex_cli.offsets.quantiser import LEVELS, SHIFTS, dequantise
 
 SCALE_STEPS = 8
 """Scale codes per factor of two. Symbols are relative to the coded scale, so its coarseness costs no accuracy."""
 LONG = 4096
-"""Vectors this long have their own statistics: they are rows of embedding tables, most of them hardly moved."""
+"""Vectors this long have their own statistics: columns of embedding tables, most of whose rows hardly moved."""
+RIGHT, LEFT, VECTOR = range(3)
 
 Shape = tuple[int, ...]
+Context = tuple[int, int]
+Pairs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,47 @@ def sides(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _context(level: int, length: int, one_dimensional: bool) -> tuple[int, int]:
-    return level, 2 if one_dimensional else int(length >= LONG)
+def finer(left: int, right: int) -> tuple[int, int]:
+    """How many levels finer than the component's own its (left, right) vector is quantised.
+
+    Both errors add up, and a bit an entry costs each side its length, so at the best split the errors are in proportion
+    to the lengths: half a bit finer for every halving.
+    """
+    if not left or not right:
+        return 0, 0
+    difference = round(math.log2(left / right))
+    return max(-difference, 0), max(difference, 0)
 
 
-def encode(tensors: Sequence[Sequence[Coded]]) -> bytes:
-    """Bytes of the components of all tensors, in layout order."""
+def contexts(level: int, left: int, right: int) -> tuple[Context, Context]:
+    """The contexts of the (left, right) vector of a component; the right one means nothing for one-dimensional ones."""
+    if not right:
+        return (level, 2 * VECTOR), (-1, -1)
+    finer_left, finer_right = finer(left, right)
+    return (
+        (level + finer_left, 2 * LEFT + int(left >= LONG)),
+        (level + finer_right, 2 * RIGHT + int(right >= LONG)),
+    )
+
+
+def encode(tensors: Sequence[Sequence[Coded]], shifts: dict[Context, list[int]]) -> bytes:
+    """Bytes of the components of all tensors, in layout order; ``shifts`` for every context in use."""
     components = [component for tensor in tensors for component in tensor]
-    symbols: dict[tuple[int, int], list[np.ndarray[tuple[int], np.dtype[np.int64]]]] = {}
+    symbols: dict[Context, list[coder.Integers]] = {}
     for component in components:
-        for vector in (component.right, component.left):
-            if vector is not None:
-                context = _context(component.level, len(vector), component.right is None)
-                symbols.setdefault(context, []).append(vector.numpy().astype(np.int64))
+        right = 0 if component.right is None else len(component.right)
+        of_left, of_right = contexts(component.level, len(component.left), right)
+        symbols.setdefault(of_left, []).append(component.left.numpy().astype(np.int64))
+        if component.right is not None:
+            symbols.setdefault(of_right, []).append(component.right.numpy().astype(np.int64))
+    used = sorted(symbols)
     return coder.encode(
         [
             np.array([len(tensor) for tensor in tensors], dtype=np.int64),
             _differences([component.level for component in components]),
             _differences([component.scale for component in components]),
-            *(np.concatenate(symbols[context]) for context in sorted(symbols)),
+            np.array([shift for context in used for shift in shifts[context]], dtype=np.int64),
+            *(np.concatenate(symbols[context]) for context in used),
         ]
     )
 
@@ -100,58 +126,83 @@ def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factor
 
     Raises ``coder.CorruptOffsets`` when the bytes do not fit the layout.
     """
-    most = sum((sum(sides(shape)) + 3) * (min(sides(shape)) or 1) for _, shape in layout) + len(layout)
+    most = sum((sum(sides(shape)) + 3) * (min(sides(shape)) or 1) for _, shape in layout) + len(layout) + 1000
     sequences = coder.decode(data, max_symbols=most)
-    if len(sequences) < 3 or len(sequences[0]) != len(layout):
+    if len(sequences) < 4 or len(sequences[0]) != len(layout):
         raise coder.CorruptOffsets("the offsets describe another set of tensors")
     counts, levels, scales = sequences[0], np.cumsum(sequences[1]), np.cumsum(sequences[2])
     if counts.min(initial=0) < 0 or counts.sum() != len(levels) or len(levels) != len(scales):
         raise coder.CorruptOffsets("the numbers of components disagree")
     if len(levels) and not (levels.min() >= 0 and levels.max() < LEVELS and abs(scales).max() < 1000):
         raise coder.CorruptOffsets("a level or a scale is out of range")
-    return _assemble(layout, counts, levels, scales, sequences[3:])
+    plan = _plan(layout, counts, levels, scales)
+    return _assemble(plan, _Pools(plan, sequences[3], sequences[4:]))
 
 
-def _assemble(
-    layout: Sequence[tuple[str, Shape]],
-    counts: coder.Integers,
-    levels: coder.Integers,
-    scales: coder.Integers,
-    symbols: list[coder.Integers],
-) -> dict[str, Factors]:
-    needed: dict[tuple[int, int], int] = {}
-    plan: list[tuple[str, int, int, list[tuple[int, int]]]] = []
-    start = 0
-    for (name, shape), count in zip(layout, counts, strict=True):
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to be put together: ``kept`` is (level, scale) of every component."""
+
+    name: str
+    left: int
+    right: int
+    kept: Pairs
+
+
+def _plan(
+    layout: Sequence[tuple[str, Shape]], counts: coder.Integers, levels: coder.Integers, scales: coder.Integers
+) -> list[_Tensor]:
+    plan, start = [], 0
+    for (name, shape), count in zip(layout, counts.tolist(), strict=True):
         left, right = sides(shape)
         if count > (min(left, right) if right else 1):
             raise coder.CorruptOffsets(f"{count} components announced for {name} of shape {list(shape)}")
-        kept = [(int(levels[i]), int(scales[i])) for i in range(start, start + int(count))]
-        start += int(count)
-        for level, _ in kept:
-            for length in (right, left):
-                if length:
-                    context = _context(level, length, not right)
-                    needed[context] = needed.get(context, 0) + length
+        kept = list(zip(levels[start : start + count].tolist(), scales[start : start + count].tolist(), strict=True))
+        start += count
         if kept:
-            plan.append((name, left, right, kept))
-    contexts = sorted(needed)
-    if [needed[context] for context in contexts] != [len(sequence) for sequence in symbols]:
-        raise coder.CorruptOffsets("the numbers of symbols disagree")
-    pools = {context: torch.from_numpy(sequence) for context, sequence in zip(contexts, symbols, strict=True)}
-    used = dict.fromkeys(contexts, 0)
+            plan.append(_Tensor(name, left, right, kept))
+    return plan
 
-    def take(level: int, length: int, one_dimensional: bool) -> Tensor:
-        context = _context(level, length, one_dimensional)
-        used[context] += length
-        return dequantise(pools[context][used[context] - length : used[context]], level)
 
+class _Pools:
+    """The decoded entries of every context, handed out in order."""
+
+    def __init__(self, plan: list[_Tensor], shifts: coder.Integers, symbols: list[coder.Integers]) -> None:
+        needed: dict[Context, int] = {}
+        for tensor in plan:
+            for level, _ in tensor.kept:
+                for context, length in zip(
+                    contexts(level, tensor.left, tensor.right), (tensor.left, tensor.right), strict=True
+                ):
+                    if length:
+                        needed[context] = needed.get(context, 0) + length
+        used = sorted(needed)
+        if [needed[context] for context in used] != [len(sequence) for sequence in symbols]:
+            raise coder.CorruptOffsets("the numbers of symbols disagree")
+        if len(shifts) != SHIFTS * len(used):
+            raise coder.CorruptOffsets("the numbers of shifts disagree")
+        self._values = {
+            context: dequantise(
+                torch.from_numpy(symbols[i]), context[0], shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
+            )
+            for i, context in enumerate(used)
+        }
+        self._used = dict.fromkeys(used, 0)
+
+    def take(self, context: Context, length: int) -> Tensor:
+        """The next ``length`` entries, float32."""
+        self._used[context] += length
+        return self._values[context][self._used[context] - length : self._used[context]]
+
+
+def _assemble(plan: list[_Tensor], pools: _Pools) -> dict[str, Factors]:
     factors = {}
-    for name, left, right, kept in plan:
-        rights, lefts = [], []
-        for level, scale in kept:
-            if right:
-                rights.append(take(level, right, False) / math.sqrt(right))
-            lefts.append(take(level, left, not right) * scale_value(scale))
-        factors[name] = Factors(torch.stack(lefts, 1), torch.stack(rights) if right else None)
+    for tensor in plan:
+        lefts, rights = [], []
+        for level, scale in tensor.kept:
+            of_left, of_right = contexts(level, tensor.left, tensor.right)
+            lefts.append(pools.take(of_left, tensor.left) * scale_value(scale))
+            if tensor.right:
+                rights.append(pools.take(of_right, tensor.right) / math.sqrt(tensor.right))
+        factors[tensor.name] = Factors(torch.stack(lefts, 1), torch.stack(rights) if rights else None)
     return factors

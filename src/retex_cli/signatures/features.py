@@ -88,7 +88,8 @@ def check_tasks(features: Mapping[str, torch.Tensor]) -> None:
 def unit_layers(features: torch.Tensor) -> torch.Tensor:
     """``[n, L, D]`` in float64, every layer of every input scaled to length one."""
     exact = features.to(torch.float64)
-    return exact / exact.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
+    units: torch.Tensor = exact / exact.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
+    return units
 
 
 def layer_weights(units: Sequence[torch.Tensor]) -> tuple[float, ...]:
@@ -115,4 +116,5 @@ def vectors(features: torch.Tensor, layout: Layout) -> torch.Tensor:
     chosen = features[:, list(layout.layers)].to(torch.float32)
     units = chosen / chosen.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
     weights = torch.tensor(layout.weights, dtype=torch.float32, device=features.device)
-    return (units * weights[:, None]).flatten(1)
+    weighted: torch.Tensor = units * weights[:, None]
+    return weighted.flatten(1)

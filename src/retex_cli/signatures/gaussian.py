@@ -59,9 +59,14 @@ class Whitened:
     own: tuple[torch.Tensor, ...]
     log_det: torch.Tensor
 
+    def float(self) -> Whitened:
+        """In float32 for scoring, without the factors."""
+        own = tuple(rows.float() for rows in self.own)
+        return Whitened(self.map.float(), self.means.float(), (), own, self.log_det.float())
+
 
 def whiten(means: torch.Tensor, factors: Sequence[torch.Tensor], weights: Weights) -> Whitened:
-    """``means`` [T, k]; ``factors``: per task rows F [r, k] with F^T F = n_t S_t. All in one dtype, float64 for fits."""
+    """``means`` [T, k]; ``factors``: per task rows F [r, k] with F^T F = n_t S_t. All float64."""
     width = means.shape[1]
     stacked = torch.cat(list(factors))
     shared = stacked.T @ stacked * weights.pooled
@@ -95,36 +100,43 @@ def distances(white: Whitened, rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(columns, 1)
 
 
-def leave_one_out(rows: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
-    """Scores ``[N, T]`` of every reference input under the signatures that lack it; tasks one after the other.
+def leave_one_out(white: Whitened, weights: Weights, task: int, deviations: torch.Tensor) -> torch.Tensor:
+    """Scores ``[n, T]`` of one task's own inputs, each under the signatures that lack it.
 
-    ``rows``: per task float64 [n_t >= 2, k]. Equal to N refits at the same weights. Cost: one factorisation and O(N k)
-    products per direction.
+    ``deviations``: whitened ``x_i - m_task`` [n >= 2, k] of all n inputs that made the task's mean and factor. Equal
+    to n refits at the same weights. Tensors are float64.
     """
-    means = torch.stack([part.mean(0) for part in rows])
-    centred = [part - mean for part, mean in zip(rows, means, strict=True)]
-    white = whiten(means, centred, weights)
-    owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(part) for part in rows]))
-    deviation = torch.cat(white.factors)
-    every = deviation + white.means[owner]
-    stretch = torch.cat([torch.full((len(part),), len(part) / (len(part) - 1), dtype=means.dtype) for part in rows])
+    count = len(deviations)
+    stretch = count / (count - 1)
+    inputs = deviations + white.means[task]
     scores = []
-    for task, (mean, own, log_det) in enumerate(zip(white.means, white.own, white.log_det, strict=True)):
-        away = every - mean
-        away_own, deviation_own = away @ own.T, deviation @ own.T
-        distance = (away * away).sum(1) - (away_own * away_own).sum(1)
-        cross = (deviation * away).sum(1) - (deviation_own * away_own).sum(1)
-        height = (deviation * deviation).sum(1) - (deviation_own * deviation_own).sum(1)
-        mine = owner == task
-        beta = (weights.pooled + weights.own[task] * mine) * stretch
-        left = 1.0 - beta * height  # positive: the ridge keeps every A_s definite after the downdate
-        other = distance + beta * cross * cross / left
-        scores.append(torch.where(mine, stretch * stretch * height / left, other) + log_det + left.log())
+    for other, (mean, own, log_det) in enumerate(zip(white.means, white.own, white.log_det, strict=True)):
+        deviation_own = deviations @ own.T
+        height = (deviations * deviations).sum(1) - (deviation_own * deviation_own).sum(1)
+        if other == task:
+            left = 1.0 - (weights.pooled + weights.own[task]) * stretch * height
+            distance = stretch * stretch * height / left
+        else:
+            away = inputs - mean
+            away_own = deviation_own + (white.means[task] - mean) @ own.T
+            beta = weights.pooled * stretch
+            left = 1.0 - beta * height
+            cross = (deviations * away).sum(1) - (deviation_own * away_own).sum(1)
+            distance = (away * away).sum(1) - (away_own * away_own).sum(1) + beta * cross * cross / left
+        scores.append(distance + log_det + left.log())  # left > 0: the ridge keeps A_s definite after the downdate
     return torch.stack(scores, 1)
 
 
+def leave_each_out(rows: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
+    """Scores ``[N, T]`` of every reference input without itself; ``rows``: per task [n_t, k], one after another."""
+    means = torch.stack([part.mean(0) for part in rows])
+    centred = [part - mean for part, mean in zip(rows, means, strict=True)]
+    white = whiten(means, centred, weights)
+    return torch.cat([leave_one_out(white, weights, task, part) for task, part in enumerate(white.factors)])
+
+
 def compact(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same inner products in at most N coordinates: ``rows`` themselves, or a Cholesky factor of their Gram matrix."""
+    """The same inner products in at most N coordinates: ``rows`` themselves, or a factor of their Gram matrix."""
     stacked = torch.cat(list(rows))
     count, width = stacked.shape
     if width <= count:

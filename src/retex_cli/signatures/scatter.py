@@ -60,12 +60,12 @@ def scatter(rows: torch.Tensor, max_rank: int = MAX_RANK) -> Scatter:
 
 
 def pooled_variance(parts: Sequence[Scatter]) -> float:
-    """Mean variance of one dimension within tasks, pooled over tasks by their counts.
-
-    Where no input differs from its task's mean, the variance that rounding alone would leave.
-    """
-    total = sum(part.count for part in parts)
+    """Mean variance of one dimension within tasks, pooled over tasks by their counts, floored by ``floored``."""
     size = parts[0].mean.shape[0]
-    within = sum(part.count * part.total for part in parts) / (total * size)
-    energy = sum(float((part.mean * part.mean).mean()) for part in parts) / len(parts)
-    return max(within, 1e-6 * energy, torch.finfo(torch.float32).tiny)
+    within = sum(part.count * part.total for part in parts) / (sum(part.count for part in parts) * size)
+    return floored(within, sum(float((part.mean.double() ** 2).sum()) for part in parts) / (len(parts) * size))
+
+
+def floored(variance: float, energy: float) -> float:
+    """``variance``, or where all inputs of a task are alike, a millionth of the ``energy`` of the means."""
+    return max(variance, 1e-6 * energy, 1e-30)

@@ -1,0 +1,96 @@
+"""DOGE: task arithmetic whose task vectors first learn a shared correction outside their common subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retex_cli.merging.depth import block_of
+from retex_cli.merging.inputs import load_task_vectors
+from retex_cli.merging.matrices import added, left_vectors
+from retex_cli.merging.selection import shrink_bound, top_magnitudes
+from retex_cli.merging.view import Kernel, View
+
+LEARNING_RATE, BETAS, EPSILON = 1e-4, (0.9, 0.999), 1e-8
+"""Adam as the authors use it: their learning rate, torch's defaults otherwise."""
+
+
+@dataclass(frozen=True)
+class _Survey:
+    thresholds: Mapping[str, float]
+    in_blocks: bool
+
+
+def doge_survey(views: Sequence[View], *, density: float, **_: float) -> _Survey:
+    """The top-k is taken over all merged matrices of a task together; which those are depends on the model's names."""
+    matrices = [view for view in views if len(view.shape) > 1]
+    in_blocks = any(block_of(view.name) for view in matrices)
+    treated = [view for view in matrices if block_of(view.name) or not in_blocks]
+    return _Survey(top_magnitudes(treated, density) if treated else {}, in_blocks)
+
+
+def doge(view: View, *, density: float, scale: float, subspace: int, steps: int) -> Kernel:
+    """Learn one correction for all task vectors by projected gradient descent, trim, add up with per-layer weights.
+
+    arXiv 2501.01230, section 3 (data-free objective, shared subspace, task-aware weights), as in the authors' code:
+    with ``l_t = scale / |tau_t|``, a correction D of all task vectors minimises
+    ``sum_t sum_rows (tau_t . (tau_t - sum_s l_s (tau_s + D)))^2`` by ``steps`` of Adam, gradients projected out of the
+    ``rank / subspace`` directions that the tasks share; ``theta = theta_0 + sum_t l_t mask_t (tau_t + D)`` with masks
+    of the top ``density`` of each task vector.
+    Only matrices inside the numbered blocks take part, all other tensors stay the base's. Defaults are the authors'.
+    """
+    survey = view.survey if isinstance(view.survey, _Survey) else doge_survey([view], density=density)
+    if len(view.shape) < 2 or (survey.in_blocks and not block_of(view.name)):
+        return added(torch.zeros(view.numel))
+    taus = load_task_vectors(view).to(view.device)
+    norms = [torch.linalg.vector_norm(tau.double()).item() for tau in taus]
+    moved = [i for i, norm in enumerate(norms) if norm > 0]
+    if not moved:
+        return added(torch.zeros(view.numel))
+    if len(moved) < len(norms):
+        taus = taus[moved]
+    weights = [scale / norms[i] for i in moved]
+    correction = _correct(taus, weights, _shared_basis(taus, subspace), steps)
+    merged = torch.zeros_like(correction)
+    tasks = [view.tasks[i] for i in moved]
+    for tau, task, weight in zip(taus, tasks, weights, strict=True):
+        kept = torch.hardshrink(tau, shrink_bound(survey.thresholds[task])).ne_(0)
+        merged.add_(tau.add_(correction).mul_(kept).mul_(weight))
+    return added(merged.flatten())
+
+
+def _shared_basis(taus: Tensor, subspace: int) -> Tensor:
+    """The leading left directions ``[m, r / subspace]`` of the tasks' top ``r / T`` left singular vectors together."""
+    rank = min(taus.shape[1:])
+    joined = torch.cat([left_vectors(tau.double(), rank // len(taus)) for tau in taus], 1)
+    return left_vectors(joined, rank // subspace).to(taus.dtype)
+
+
+def _correct(taus: Tensor, weights: Sequence[float], basis: Tensor, steps: int) -> Tensor:
+    """The correction ``[m, n]`` after ``steps`` of Adam from zero."""
+    total = sum(weights)
+    mixed = torch.zeros_like(taus[0])
+    for tau, weight in zip(taus, weights, strict=True):
+        mixed.add_(tau, alpha=weight)
+    constant = torch.stack([_row_products(tau, tau - mixed) for tau in taus])
+    correction, first, second, gradient = (torch.zeros_like(mixed) for _ in range(4))
+    for step in range(1, steps + 1):
+        gradient.zero_()
+        for tau, fixed in zip(taus, constant, strict=True):
+            error = fixed - total * _row_products(tau, correction)
+            gradient.addcmul_(tau, error[:, None], value=-2 * total)
+        gradient.sub_(basis @ (basis.T @ gradient))
+        first.mul_(BETAS[0]).add_(gradient.mul(1 - BETAS[0]))
+        second.mul_(BETAS[1]).add_(gradient.square_().mul_(1 - BETAS[1]))
+        root = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+        correction.sub_(torch.div(first, root, out=root).mul_(LEARNING_RATE / (1 - BETAS[0] ** step)))
+    return correction
+
+
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row of ``a [m, n]`` with that of ``b``: ``[m]``."""
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products

@@ -1,0 +1,98 @@
+"""KnOTS: align LoRA task vectors in one shared basis, then merge there by another method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from retex_cli.merging.matrices import Image, Matrices, added, spectrum
+from retex_cli.merging.reduce import block_sums, task_vectors
+from retex_cli.merging.table import METHODS
+from retex_cli.merging.view import Kernel, View
+
+
+@dataclass(frozen=True, slots=True)
+class _Aligned:
+    """Coordinates of one task vector in the shared basis, as a source."""
+
+    where: str
+    values: Tensor
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        out.copy_(self.values.reshape(-1)[start : start + out.numel()])
+
+
+def knots(view: View, *, inner: str, density: float, alpha: float) -> Kernel:
+    """Merge the coordinates of all task vectors in the left singular basis of their concatenation.
+
+    arXiv 2410.19735, section 4: ``[tau_1 .. tau_T] = U S [V_1 .. V_T]^T``; the ``S V_t^T`` are merged by the ``inner``
+    method, the result is ``theta_0 + U merged``. Defaults are the authors': TIES, top 20 %, scale 0.6. The top-k is
+    taken per tensor. Made for LoRA experts, whose concatenation has a small rank; tensors that are no matrices are
+    merged by the inner method as they are.
+    """
+    if len(view.shape) < 2 or view.row == 0:
+        return _inner(view, inner, density, alpha)
+    energy = block_sums(view, lambda base, experts: task_vectors(base, experts).square_())
+    if not energy.any():
+        return added(torch.zeros(view.numel))
+    rows, columns = view.numel // view.row, view.row
+
+    def merge_aligned(coordinates: Tensor) -> Tensor:
+        return _merge_aligned(view, coordinates, inner, density, alpha)
+
+    if rows > len(view.tasks) * columns:
+        return _streamed(view, merge_aligned)
+    return _held(view, rows, columns, merge_aligned)
+
+
+def _inner(view: View, inner: str, density: float, alpha: float) -> Kernel:
+    method = METHODS[inner]
+    given = {"density": density, "alpha": alpha, "scope": "tensor"}
+    options = {option.name: given[option.name] for option in method.options}
+    return cast(Kernel, method.function()(view, **options))  # type: ignore[operator]
+
+
+def _merge_aligned(view: View, coordinates: Tensor, inner: str, density: float, alpha: float) -> Tensor:
+    """Coordinates ``[T, r, n]`` merged by the inner method, around a base of zeros: float64 ``[r, n]``."""
+    shape = tuple(coordinates.shape[1:])
+    sources = tuple(_Aligned(source.where, c.float()) for source, c in zip(view.experts, coordinates, strict=True))
+    zero = _Aligned(view.base.where, torch.zeros(shape))
+    aligned = View(view.name, shape, view.tasks, zero, sources, view.seed)
+    kernel = _inner(aligned, inner, density, alpha)
+    blocks = [kernel.merge(base, experts, start).clone() for start, base, experts in aligned.blocks(kernel.unit)]
+    return torch.cat(blocks).view(shape).double()
+
+
+def _streamed(view: View, merge_aligned: Callable[[Tensor], Tensor]) -> Kernel:
+    """More rows than all columns together: the basis from the Gram matrix of all columns, the rest row by row."""
+    matrices = Matrices(view, view.numel // view.row, view.row, False, None)
+    tasks, n = len(view.tasks), view.row
+
+    gram = matrices.zeros(tasks * n, tasks * n)
+    for taus in matrices.wide_blocks():
+        joined = taus.transpose(0, 1).reshape(-1, tasks * n)
+        gram.addmm_(joined.T, joined)
+    values, vectors = spectrum(gram)
+    aligned = (vectors.view(tasks, n, -1) * values).transpose(1, 2)  # S V_t^T
+    merged = merge_aligned(aligned.cpu()).to(vectors.device)
+    return matrices.kernel(Image(joined=vectors / values), merged, 1.0)
+
+
+def _held(view: View, rows: int, columns: int, merge_aligned: Callable[[Tensor], Tensor]) -> Kernel:
+    """Otherwise the basis from the Gram matrix of the rows, of task vectors in memory."""
+    held = torch.empty(len(view.tasks), rows, columns)
+    for start, base, experts in view.blocks(unit=columns):
+        taus = experts.sub_(base).view(len(view.tasks), -1, columns)
+        held[:, start // columns : start // columns + taus.shape[1]] = taus
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=view.device)
+    for tau in held:
+        wide = tau.to(view.device, torch.float64)
+        gram += wide @ wide.T
+    _, basis = spectrum(gram)
+    coordinates = torch.stack([(basis.T @ tau.to(view.device, torch.float64)).cpu() for tau in held])
+    del held
+    return added((basis @ merge_aligned(coordinates).to(view.device)).float().flatten())

@@ -1,0 +1,85 @@
+"""Merges that prune each task vector by the rank of its entries: Breadcrumbs and DELLA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retex_cli.merging.linear import sum_rows
+from retex_cli.merging.masks import hashed, keys
+from retex_cli.merging.selection import keep_count, order_statistics, shrink_bound
+from retex_cli.merging.sparse import disjoint_mean_, trim_
+from retex_cli.merging.view import Kernel, View
+
+
+def breadcrumbs(view: View, *, density: float, gamma: float, alpha: float) -> Kernel:
+    """Drop the smallest entries of each task vector and its few largest, then task arithmetic.
+
+    arXiv 2312.06795, section 3, per tensor: the share ``gamma`` of largest magnitudes (outliers) is dropped, the next
+    ``density`` is kept, ``theta = theta_0 + alpha sum_t m_t tau_t``. The defaults are where the authors' search starts:
+    15 %, 0.6 % and ``alpha = 0.2``. (Their code takes the shares of each row; the paper's, of each layer.)
+    """
+
+    def ranks(n: int) -> Sequence[int]:
+        outliers = min(int(gamma * n), n - keep_count(n, density))
+        return outliers, outliers + keep_count(n, density)
+
+    found = order_statistics([view], ranks)
+    lows = [shrink_bound(found[task][1]) for task in view.tasks]
+    highs = [found[task][0] for task in view.tasks]
+
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        taus = trim_(experts.sub_(base), lows)
+        for tau, high in zip(taus.unbind(0), highs, strict=True):
+            tau.sub_(torch.hardshrink(tau, shrink_bound(high)))  # what is left of x - x is an exact 0
+        return sum_rows(taus).mul_(alpha).add_(base)
+
+    return Kernel(merge)
+
+
+def della(view: View, *, density: float, window: float, alpha: float) -> Kernel:
+    """Drop entries at random, small ones more often, rescale, elect signs, average what agrees.
+
+    arXiv 2406.11617, section 3 (MagPrune, Elect, Fuse). In each row of a matrix the entry of rank r of n (0 is the
+    smallest magnitude) is kept with probability ``density + window (r / (n - 1) - 1/2)`` and divided by it, as in the
+    authors' code, which also gives the defaults: drop rate 0.3, window 0.14, lambda 1.1.
+    """
+    key = keys(view.seed, view.name, view.tasks).to(view.device)
+    row = max(view.row, 1)
+
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        taus = experts.sub_(base)
+        keep = (magnitude_ranks(taus.view(-1, row)).div_(max(row - 1, 1)) if row > 1 else _middle(taus)).view_as(taus)
+        keep.sub_(0.5).mul_(window).add_(density).clamp_(1e-6, 1.0)
+        bound = (keep.double() * 2**31).clamp_(max=2**31 - 1).to(torch.int32)
+        kept = hashed(key, start, taus.shape[1]).sub_(bound).bitwise_right_shift_(31)
+        taus.view(torch.int32).bitwise_and_(kept)
+        return disjoint_mean_(taus.div_(keep)).mul_(alpha).add_(base)
+
+    return Kernel(merge, unit=row)
+
+
+def _middle(taus: Tensor) -> Tensor:
+    return torch.full_like(taus, 0.5)
+
+
+def magnitude_ranks(rows: Tensor) -> Tensor:
+    """Rank of each entry's magnitude within its row of ``rows [m, n]``, 0 the smallest, as float32; ties by column.
+
+    Magnitude and column are packed into one integer: a plain sort of numbers, whose result is unique.
+    """
+    count = rows.shape[1]
+    columns = torch.arange(count, device=rows.device)
+    packed = rows.abs().view(torch.int32).to(torch.int64).bitwise_left_shift_(32).add_(columns)
+    order = _sorted(packed).bitwise_and_(0xFFFFFFFF)
+    ranks = torch.empty_like(rows)
+    return ranks.scatter_(1, order, columns.to(rows.dtype).expand_as(ranks))
+
+
+def _sorted(packed: Tensor) -> Tensor:
+    if packed.device.type != "cpu":
+        return packed.sort(dim=1).values
+    packed.numpy().sort(axis=1)  # vectorised, in place; torch's takes indices along
+    return packed
