@@ -2,7 +2,7 @@
 
     python benchmarks/budgets.py text4
 
-Needs the experts (``make suite SUITE=text4``). Writes ``results/budgets-SUITE.json``.
+Writes ``results/budgets-SUITE.json``, and ``results/eval-SUITE.json`` for the default budget under all protocols.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 from record import ROOT, write
 
+DEFAULT = "0.25%"
+"""Evaluated under all protocols, and written by itself, too."""
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%")
 
 
@@ -42,10 +44,17 @@ def main() -> None:
         make = ROOT / "examples" / "suites" / "make.py"
         subprocess.run([sys.executable, str(make), arguments.suite, str(folder)], check=True)
         retex("merge", folder=folder)
+        signed = retex("build-signatures", folder=folder)
         for budget in arguments.budgets:
             retex("fit-offsets", "--budget", budget, "--overwrite", folder=folder)
-            report = retex("eval", "--protocols", "K", folder=folder)
+            protocols = "K,E,H" if budget == DEFAULT else "K"
+            report = retex("eval", "--protocols", protocols, folder=folder)
             rows.append({"budget": budget, "tasks": report["tasks"], "mean": report["mean"], "files": report["files"]})
+            if budget == DEFAULT:
+                tasks = signed["tasks"]
+                assert isinstance(tasks, dict)
+                samples = max(task["inputs"] for task in tasks.values())
+                print(f"wrote {write(f'eval-{arguments.suite}', {'budget': budget, 'samples': samples, **report})}")
             mean = report["mean"]
             assert isinstance(mean, dict)
             print(
@@ -53,7 +62,8 @@ def main() -> None:
                 f"agreement {100 * mean['agreement']['K']:.2f} %",
                 flush=True,
             )
-    print(f"wrote {write(f'budgets-{arguments.suite}', {'suite': arguments.suite, 'rows': rows})}")
+    if len(rows) > 1:
+        print(f"wrote {write(f'budgets-{arguments.suite}', {'suite': arguments.suite, 'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Write ``docs/cli.md`` and ``docs/methods.md`` from the code; with ``--check``, only say whether they are stale.
+"""Write ``docs/cli.md`` and ``docs/methods.md`` from the code, and the README's tables from ``benchmarks/results/``.
+
+With ``--check``, only say whether they are stale.
 
 python docs/generate.py [--check]
 """
@@ -16,6 +18,7 @@ from retex_cli.cli.app import app
 from retex_cli.merging.table import METHODS, Method
 
 FOLDER = Path(__file__).parent
+MEASURED = ("<!-- measured: written by `make docs` from benchmarks/results/ -->\n", "<!-- /measured -->")
 
 _HEAD = """\
 # Commands
@@ -112,8 +115,18 @@ _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor"
 
 
 def pages() -> dict[str, str]:
-    """File name to text, of every generated page."""
-    return {"cli.md": cli_page(), "methods.md": methods_page()}
+    """Path relative to this folder to text, of every generated page."""
+    return {"cli.md": cli_page(), "methods.md": methods_page(), "../README.md": readme()}
+
+
+def readme() -> str:
+    """The README with its measured part written anew."""
+    sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
+    from tables import readme_tables
+
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split(MEASURED[0])
+    return head + MEASURED[0] + readme_tables() + MEASURED[1] + rest.split(MEASURED[1])[1]
 
 
 def methods_page() -> str:
@@ -171,7 +184,7 @@ def main() -> int:
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         if "--check" in sys.argv[1:]:
-            print(f"docs/{name} is stale: run `make docs`", file=sys.stderr)
+            print(f"{path.name} is stale: run `make docs`", file=sys.stderr)
             stale = 1
         else:
             path.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune import Recipe, expert
@@ -22,7 +23,7 @@ REFERENCES = 256
 """Unlabelled training inputs written for each task; ``retex build-signatures`` reads the first ``samples`` of them."""
 
 
-def _progress(name: str) -> tuple[float, object]:
+def _progress(name: str) -> tuple[float, Callable[[int, int, str], None]]:
     started = time.monotonic()
 
     def show(step: int, steps: int, note: str) -> None:
@@ -48,19 +49,22 @@ def _link(path: Path, target: Path) -> None:
     path.symlink_to(target, target_is_directory=True)
 
 
-def make(suite: str, workspace: Path, *, samples: int, budget: str, seed: int = 0) -> None:
-    """Everything ``retex`` needs under ``workspace``. Exits with a message if an expert misses its floor."""
+def make(tasks: Sequence[str], workspace: Path, *, samples: int, budget: str, seed: int, steps: int | None) -> None:
+    """Everything ``retex`` needs under ``workspace``. Exits with a message if an expert misses its floor.
+
+    ``steps`` replaces the tasks' own numbers of training steps; such experts have no floor to reach.
+    """
     (workspace / "experts").mkdir(parents=True, exist_ok=True)
     (workspace / "data").mkdir(exist_ok=True)
     entries = []
-    for name in SUITES[suite]:
+    for name in tasks:
         task = TASKS[name]
         split = load(task)
         started, show = _progress(name)
-        folder, accuracy = expert(task, Recipe(name, seed=seed, steps=task.steps), split, show)
+        folder, accuracy = expert(task, Recipe(name, seed=seed, steps=steps or task.steps), split, show)
         took = time.monotonic() - started
         print(f"{name}: expert accuracy {100 * accuracy:.2f} %, floor {100 * task.floor:g} % ({took:.0f} s)")
-        if accuracy < task.floor:
+        if accuracy < task.floor and steps is None:
             sys.exit(f"{name}: the expert in {folder} misses its floor; delete the folder and run again")
         _link(workspace / "experts" / name, folder)
         _write_rows(workspace / "data" / f"{name}-reference.jsonl", split.train[:REFERENCES], labelled=False)
@@ -89,9 +93,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="reference inputs per task for the signatures")
     parser.add_argument("--budget", default="0.25%")
     parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), help="only these tasks")
+    parser.add_argument("--steps", type=int, help="train for so many steps; floors do not apply")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    make(arguments.suite, arguments.workspace, samples=arguments.samples, budget=arguments.budget, seed=arguments.seed)
+    make(
+        arguments.tasks or SUITES[arguments.suite],
+        arguments.workspace,
+        samples=arguments.samples,
+        budget=arguments.budget,
+        seed=arguments.seed,
+        steps=arguments.steps,
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress
 
 AUTO = "auto"
+NEGLIGIBLE = 1e-6
+"""Shares of a soft mix below this are left out."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, Re
     soft = config.soft or identified.unknown  # never a silent wrong expert
     if soft and not config.soft:
         progress.note(f"{identified.sentence()}: mixing experts by how well they fit")
-    embedding = {task: share for task, share in identified.embedding.items() if share > 0}
+    shares = {task: share for task, share in identified.embedding.items() if share > NEGLIGIBLE}
+    embedding = {task: share / math.fsum(shares.values()) for task, share in shares.items()}
     embedding = embedding if soft else {identified.task: 1.0}
     missing = [task for task in embedding if task not in plan.file.tasks]
     if missing:

@@ -7,7 +7,7 @@ same bits for any block size, order or number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from retex_cli.merging.view import GRID, View
 BlockFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-def exact_sum(parts: Sequence[Tensor]) -> Tensor:
-    """The exactly rounded sum of float64 tensors of one shape, whatever their order."""
-    stacked = torch.stack(tuple(parts))
-    columns = stacked.reshape(len(parts), -1).T.tolist()
-    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).view(stacked.shape[1:])
+def exact_sum(parts: Tensor) -> Tensor:
+    """The exactly rounded sum of float64 ``parts [m, ...]`` over the first dimension, whatever their order."""
+    columns = parts.reshape(len(parts), -1).T.tolist()
+    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).view(parts.shape[1:])
 
 
 def block_sums(view: View, function: BlockFunction) -> Tensor:
@@ -40,9 +39,12 @@ def task_vectors(base: Tensor, experts: Tensor) -> Tensor:
 
 
 def _over_cells(view: View, function: BlockFunction, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    parts = [
-        reduce(cell.double())
-        for _, base, experts in view.blocks()
-        for cell in torch.split(function(base, experts), GRID, dim=1)
-    ]
+    parts: Tensor | None = None  # one allocation for all: small results kept between large ones scatter the heap
+    for start, base, experts in view.blocks():
+        for place, cell in enumerate(torch.split(function(base, experts), GRID, dim=1), start // GRID):
+            part = reduce(cell.double())
+            if parts is None:
+                parts = part.new_empty(-(-view.numel // GRID), *part.shape)
+            parts[place] = part
+    assert parts is not None, "an empty tensor has no sums"
     return exact_sum(parts)
