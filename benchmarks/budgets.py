@@ -57,11 +57,8 @@ def main() -> None:
                 print(f"wrote {write(f'eval-{arguments.suite}', {'budget': budget, 'samples': samples, **report})}")
             mean = report["mean"]
             assert isinstance(mean, dict)
-            print(
-                f"{budget:>6}: mean {100 * mean['normalised']['K']:.2f} %, worst task {100 * mean['worst']['K']:.2f} %, "
-                f"agreement {100 * mean['agreement']['K']:.2f} %",
-                flush=True,
-            )
+            shares = [100 * mean[key]["K"] for key in ("normalised", "worst", "agreement")]
+            print("{:>6}: mean {:.2f} %, worst task {:.2f} %, agreement {:.2f} %".format(budget, *shares), flush=True)
     if len(rows) > 1:
         print(f"wrote {write(f'budgets-{arguments.suite}', {'suite': arguments.suite, 'rows': rows})}")
 

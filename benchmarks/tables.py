@@ -41,22 +41,18 @@ def _demo(suite: str) -> str:
     assert isinstance(mean, dict)
     text = (
         f"**{suite}**: {len(tasks)} fully fine-tuned MiniLM-L6 experts, full test sets, plain average, "
-        f"offsets of {result['budget']} of an expert, {result['samples']} reference inputs. Accuracy in percent; K: task "
-        "known, E: encoder identified, H: encoder and head identified.\n\n"
+        f"offsets of {result['budget']} of an expert, {result['samples']} reference inputs. Accuracy in percent; "
+        "K: task known, E: encoder identified, H: encoder and head identified.\n\n"
     )
     text += _row(["task", "expert", "merged alone", "K", "E", "H", "K / expert", "task found", "offsets"])
     text += "|---" * 9 + "|\n"
     for task, entry in tasks.items():
         recovered = [_percent(entry["recovered"][p]) for p in "KEH"]
-        text += _row(
-            [task, _percent(entry["expert"]), _percent(entry["merged"]), *recovered]
-            + [_percent(entry["normalised"]["K"]), _percent(entry["identified"]), f"{entry['offset_bytes']:,} B"]
-        )
+        known = [_percent(entry["normalised"]["K"]), _percent(entry["identified"]), f"{entry['offset_bytes']:,} B"]
+        text += _row([task, _percent(entry["expert"]), _percent(entry["merged"]), *recovered, *known])
     recovered = [_percent(mean["recovered"][p]) for p in "KEH"]
-    text += _row(
-        ["mean", _percent(mean["expert"]), _percent(mean["merged"]), *recovered]
-        + [_percent(mean["normalised"]["K"]), _percent(mean["identified"]), ""]
-    )
+    known = [_percent(mean["normalised"]["K"]), _percent(mean["identified"]), ""]
+    text += _row(["mean", _percent(mean["expert"]), _percent(mean["merged"]), *recovered, *known])
     worst, files = mean["worst"], result["files"]
     assert isinstance(files, dict)
     text += (

@@ -27,6 +27,8 @@ Key = tuple[str, int]
 
 COLLECT_ALL = 1 << 18
 """Up to this many elements, all are collected: a sample would cost more."""
+KEPT_AT_ONCE = 1 << 15
+"""Values that a buffer of collected ones holds."""
 SPAN = 1 << 22
 """Elements that one thread passes over in one go."""
 TIED = 0.002
@@ -127,6 +129,7 @@ class _Tally(_Counter):
         self.tied, self.room = bounds.tied, room
         self.above = self.at_low = 0
         self.inside: list[Floats] = []
+        self.buffer, self.used = np.empty(0, np.float32), 0
         self.full = False
 
     def add(self, values: Floats) -> None:
@@ -140,13 +143,28 @@ class _Tally(_Counter):
             above = values > self.high
             self.above += int(np.count_nonzero(above))
             inside ^= above
-        kept = values[inside]
+        self._keep(values[inside])
+
+    def _keep(self, kept: Floats) -> None:
+        """Copy values into a large buffer: small arrays kept between large temporaries would scatter the heap."""
         self.full = not self.room.take(kept.size)
-        if kept.size and not self.full:
-            self.inside.append(kept)
+        if self.full:
+            return
+        if self.used + kept.size > self.buffer.size:
+            self.settle()
+            self.buffer = np.empty(max(KEPT_AT_ONCE, kept.size), np.float32)
+        self.buffer[self.used : self.used + kept.size] = kept
+        self.used += kept.size
+
+    def settle(self) -> None:
+        """Put what the buffer holds aside, in no more memory than it takes."""
+        if self.used:
+            self.inside.append(self.buffer[: self.used].copy())
+        self.buffer, self.used = np.empty(0, np.float32), 0
 
     def merge(self, other: _Tally) -> None:
         """Take in what another thread counted."""
+        other.settle()
         self.above += other.above
         self.at_low += other.at_low
         self.inside += other.inside
@@ -154,6 +172,7 @@ class _Tally(_Counter):
 
     def answer(self, k: int) -> float | None:
         """The k-th largest, if these counts prove it."""
+        self.settle()
         values = np.concatenate(self.inside) if self.inside else np.empty(0, np.float32)
         self.inside = []
         if self.full or k <= self.above:
