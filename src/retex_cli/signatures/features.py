@@ -48,7 +48,7 @@ def check(features: torch.Tensor, place: str, *, least: int = 1) -> None:
     if len(features) < least:
         raise RetexError(
             f"{place}: {len(features)} inputs, at least {least} are needed",
-            "Give 32 to 256 inputs per task.",
+            "Give 32 to 256 inputs per task." if least > 1 else None,
         )
     finite = torch.isfinite(features).flatten(1).all(1)
     if not finite.all():

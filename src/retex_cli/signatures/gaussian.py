@@ -19,6 +19,7 @@ scatter: a rank-one downdate (Sherman-Morrison) of every A_s at fixed rho, p and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,37 +47,42 @@ def weights(counts: Sequence[int], variance: float, shrinkage: float, own: float
 
 @dataclass(frozen=True, slots=True)
 class Whitened:
-    """Everything in coordinates where the shared part ``rho I + p sum n_t S_t`` of all covariances is the identity.
+    """Everything in coordinates where the shared part ``rho I + p sum n_t S_t = lower lower^T`` is the identity.
 
-    ``map`` [D, k] takes a row into them, ``means`` [T, k]; ``own`` holds per task rows R_s [r_s, k] with
-    A_s^-1 = I - R_s^T R_s there, ``factors`` the given factors; ``log_det`` [T] leaves out ``D log rho``, the same
-    for all tasks.
+    ``means`` [T, k]; ``factors`` the given factors; ``own`` per task rows R_s [r_s, k] with A_s^-1 = I - R_s^T R_s;
+    ``log_det`` [T] leaves out ``D log rho``, the same for all tasks.
     """
 
-    map: torch.Tensor
+    lower: torch.Tensor
     means: torch.Tensor
     factors: tuple[torch.Tensor, ...]
     own: tuple[torch.Tensor, ...]
     log_det: torch.Tensor
 
-    def float(self) -> Whitened:
-        """In float32 for scoring, without the factors."""
-        own = tuple(rows.float() for rows in self.own)
-        return Whitened(self.map.float(), self.means.float(), (), own, self.log_det.float())
+    def into(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` [m, k] in these coordinates."""
+        white: torch.Tensor = torch.linalg.solve_triangular(self.lower, rows.T, upper=False).T
+        return white
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Functionals [m, k] of these coordinates as functionals of the original ones."""
+        original: torch.Tensor = torch.linalg.solve_triangular(self.lower.T, rows.T, upper=True).T
+        return original
 
 
-def whiten(means: torch.Tensor, factors: Sequence[torch.Tensor], weights: Weights) -> Whitened:
-    """``means`` [T, k]; ``factors``: per task rows F [r, k] with F^T F = n_t S_t. All float64."""
+def whiten(
+    means: torch.Tensor, factors: Sequence[torch.Tensor], weights: Weights, gram: torch.Tensor | None = None
+) -> Whitened:
+    """``means`` [T, k]; ``factors``: per task rows F [r, k] with F^T F = n_t S_t; ``gram``: their sum. All float64."""
     width = means.shape[1]
     stacked = torch.cat(list(factors))
-    shared = stacked.T @ stacked * weights.pooled
+    shared = (stacked.T @ stacked if gram is None else gram) * weights.pooled
     shared.diagonal().add_(weights.ridge)
     lower = torch.linalg.cholesky(shared)
-    identity = torch.eye(width, dtype=means.dtype, device=means.device)
-    mapping = torch.linalg.solve_triangular(lower, identity, upper=False).T
-    base = 2 * lower.diagonal().log().sum() - width * torch.tensor(weights.ridge, dtype=means.dtype).log()
+    base = 2 * lower.diagonal().log().sum() - width * math.log(weights.ridge)
+    solved = torch.linalg.solve_triangular(lower, torch.cat([means, stacked]).T, upper=False).T.contiguous()
+    whitened = solved[len(means) :].split([len(factor) for factor in factors])
     rows, log_det = [], []
-    whitened = (stacked @ mapping).split([len(factor) for factor in factors])
     for white, weight in zip(whitened, weights.own, strict=True):
         if weight == 0.0 or len(white) == 0:
             rows.append(white[:0])
@@ -86,9 +92,8 @@ def whiten(means: torch.Tensor, factors: Sequence[torch.Tensor], weights: Weight
         inner.diagonal().add_(1.0 / weight)
         root = torch.linalg.cholesky(inner)
         rows.append(torch.linalg.solve_triangular(root, white, upper=False))
-        scale = len(white) * torch.tensor(weight, dtype=means.dtype).log()
-        log_det.append(base + 2 * root.diagonal().log().sum() + scale)
-    return Whitened(mapping, means @ mapping, whitened, tuple(rows), torch.stack(log_det))
+        log_det.append(base + 2 * root.diagonal().log().sum() + len(white) * math.log(weight))
+    return Whitened(lower, solved[: len(means)], whitened, tuple(rows), torch.stack(log_det))
 
 
 def distances(white: Whitened, rows: torch.Tensor) -> torch.Tensor:
@@ -108,31 +113,40 @@ def leave_one_out(white: Whitened, weights: Weights, task: int, deviations: torc
     """
     count = len(deviations)
     stretch = count / (count - 1)
-    inputs = deviations + white.means[task]
+    squares = (deviations * deviations).sum(1)
     scores = []
     for other, (mean, own, log_det) in enumerate(zip(white.means, white.own, white.log_det, strict=True)):
         deviation_own = deviations @ own.T
-        height = (deviations * deviations).sum(1) - (deviation_own * deviation_own).sum(1)
+        height = squares - (deviation_own * deviation_own).sum(1)
         if other == task:
             left = 1.0 - (weights.pooled + weights.own[task]) * stretch * height
             distance = stretch * stretch * height / left
         else:
-            away = inputs - mean
-            away_own = deviation_own + (white.means[task] - mean) @ own.T
+            shift = white.means[task] - mean  # x - m_s = deviation + shift
+            shift_own = own @ shift
+            along = deviations @ shift - deviation_own @ shift_own
             beta = weights.pooled * stretch
             left = 1.0 - beta * height
-            cross = (deviations * away).sum(1) - (deviation_own * away_own).sum(1)
-            distance = (away * away).sum(1) - (away_own * away_own).sum(1) + beta * cross * cross / left
+            distance = height + 2 * along + shift @ shift - shift_own @ shift_own
+            distance = distance + beta * (height + along) ** 2 / left
         scores.append(distance + log_det + left.log())  # left > 0: the ridge keeps A_s definite after the downdate
     return torch.stack(scores, 1)
 
 
-def leave_each_out(rows: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
-    """Scores ``[N, T]`` of every reference input without itself; ``rows``: per task [n_t, k], one after another."""
-    means = torch.stack([part.mean(0) for part in rows])
-    centred = [part - mean for part, mean in zip(rows, means, strict=True)]
-    white = whiten(means, centred, weights)
+def leave_each_out(rows: Sequence[torch.Tensor], weights: Weights, gram: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores ``[N, T]`` of every reference input without itself; ``rows``: per task [n_t, k], one after another.
+
+    ``gram`` [k, k], the sum of the tasks' scatter matrices, saves computing it again.
+    """
+    means, centred = centre(rows)
+    white = whiten(means, centred, weights, gram)
     return torch.cat([leave_one_out(white, weights, task, part) for task, part in enumerate(white.factors)])
+
+
+def centre(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Means [T, k] of the tasks' ``rows``, and the rows without them."""
+    means = torch.stack([part.mean(0) for part in rows])
+    return means, [part - mean for part, mean in zip(rows, means, strict=True)]
 
 
 def compact(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -141,7 +155,8 @@ def compact(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     count, width = stacked.shape
     if width <= count:
         return list(rows)
+    energy = float((stacked * stacked).sum()) / count
     stacked = stacked - stacked.mean(0)
     gram = stacked @ stacked.T
-    gram.diagonal().add_(1e-12 * gram.diagonal().mean())  # duplicated inputs
+    gram.diagonal().add_(max(1e-12 * float(gram.diagonal().mean()), 1e-18 * energy, 1e-30))  # inputs may repeat
     return list(torch.linalg.cholesky(gram).split([len(part) for part in rows]))

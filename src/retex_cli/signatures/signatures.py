@@ -1,180 +1,204 @@
-"""Fitted signatures: scores, decisions with calibrated probabilities, and the arrays that a file holds."""
+"""Fitted signatures: which task is this input, how sure is that, and is it none of them?"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from retex_cli.errors import RetexError
-from retex_cli.signatures import gaussian
-from retex_cli.signatures.features import Layout, check, check_layout, vectors
-from retex_cli.signatures.scatter import Scatter, pooled_variance
-
-GAUSSIAN, RESIDUAL = "gaussian", "residual"
-"""Scores: the regularised discriminant of ``gaussian``, or the norm outside a task's subspace (arXiv 2606.22589)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All choices that were made, and what they achieved on left-out reference inputs.
-
-    ``shrinkage`` and ``own`` belong to the gaussian score, see ``gaussian``. ``temperature`` turns scores into
-    probabilities. An input whose nearest task it fits worse than ``threshold`` standard deviations, measured by the
-    score among the task's own left-out inputs (``centre``, ``spread`` per task), is unknown; ``false_alarms`` is the
-    share of left-out inputs that would be. ``recognised`` is the share of each task's left-out inputs that were named
-    right.
-    """
-
-    preset: str
-    score: str
-    layers: tuple[int, ...]
-    weights: tuple[float, ...]
-    layer_count: int
-    width: int
-    shrinkage: float
-    own: float
-    temperature: float
-    threshold: float
-    false_alarms: float
-    centre: Mapping[str, float]
-    spread: Mapping[str, float]
-    recognised: Mapping[str, float]
-    counts: Mapping[str, int]
-
-    @property
-    def layout(self) -> Layout:
-        """Which layers make a vector, and with which weights."""
-        return Layout(self.layers, self.weights, self.layer_count, self.width)
+from retex_cli.signatures import storage
+from retex_cli.signatures.calibrate import Alarm, entropy, fit_temperature
+from retex_cli.signatures.features import Layout, check, check_layout, concatenate, unit_layers, vectors
+from retex_cli.signatures.join import join, left_out_scores
+from retex_cli.signatures.recipe import Recipe, read_recipe, read_recognised
+from retex_cli.signatures.scorer import GaussianScorer, OwnDistance, ResidualScorer
+from retex_cli.signatures.storage import StoredTask
+from retex_cli.signatures.strangeness import Strangeness, nearest_distance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
-    """One entry per input. ``task`` int64 index; ``probability`` of that task; ``margin`` to the second best in units
-    of the score; ``unknown`` bool; ``embedding`` [m, T] rows that sum to one: softmax of minus score over temperature.
+    """One entry per input, or one for a whole batch that shares a task.
+
+    ``task`` int64 [m], the index of the nearest task, decided even where ``unknown`` bool [m] says that no task fits;
+    ``probability`` float64 [m] of that task among all, calibrated; ``margin`` float32 [m], by how much the second best
+    score is larger (infinite with a single task); ``embedding`` float64 [m, T], the probabilities of all tasks, which
+    are the soft task embedding ``softmax(-score / temperature)``; ``surprise`` float64 [m] in nats, how rarely a known
+    input looks as strange: its -log p.
     """
 
-    task: Tensor
-    probability: Tensor
-    margin: Tensor
-    unknown: Tensor
-    embedding: Tensor
+    task: torch.Tensor
+    probability: torch.Tensor
+    margin: torch.Tensor
+    unknown: torch.Tensor
+    embedding: torch.Tensor
+    surprise: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class Signatures:
-    """Statistics of every task, sorted by name, and the recipe that says how to use them."""
+    """Statistics of every task, and the recipe that says how to use them. Immutable; ``stored`` is sorted by name.
 
-    def __init__(self, recipe: Recipe, scatters: Mapping[str, Scatter]) -> None:
-        self.recipe = recipe
-        self._scatters = {task: scatters[task] for task in sorted(scatters)}
+    ``recognised``: per task the share of its reference inputs that were named right when each was left out, among the
+    tasks there were when it was fitted or added.
+    """
+
+    recipe: Recipe
+    stored: Mapping[str, StoredTask]
+    recognised: Mapping[str, float]
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names, in the order of all indices."""
-        return tuple(self._scatters)
+        """Names, in the order of every task index."""
+        return tuple(self.stored)
 
     @property
-    def recognised(self) -> Mapping[str, float]:
-        """Share of each task's left-out reference inputs that were named right."""
-        return self.recipe.recognised
+    def layout(self) -> Layout:
+        """Which layers make a vector, and how."""
+        return self.recipe.layout
 
-    def describe(self) -> dict[str, object]:
-        """The choices, in a few words."""
-        chosen: dict[str, object] = {"score": self.recipe.score, "layers": list(self.recipe.layers)}
-        if self.recipe.score == GAUSSIAN:
-            chosen |= {"shrinkage": self.recipe.shrinkage, "own": self.recipe.own}
-        return chosen
+    def score(self, features: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[m, T]``, smaller is closer, of floating ``features`` [m >= 1, L, D], pooled but not normalised.
 
-    def score(self, features: Tensor) -> Tensor:
-        """Float32 [m, T], smaller is closer, of ``features`` [m, layers, width]. RetexError for another encoder's."""
-        check(features, "the inputs")
-        check_layout(features, self.recipe.layout, "the inputs")
-        rows = vectors(features, self.recipe.layout)
-        if self.recipe.score == RESIDUAL:
-            return torch.stack([residual_norm(rows, part.mean, part.basis) for part in self._scatters.values()], 1)
-        return gaussian.distances(self._whitened, (rows.double() @ self._whitened.map)).float()
+        RetexError where they are not finite, or of another shape than those the signatures were fitted on.
+        """
+        return self._scorer.scores(self._rows(features))
+
+    def identify(self, features: torch.Tensor) -> Decisions:
+        """Every input of ``features`` [m, L, D] by itself."""
+        rows = self._rows(features)
+        scores = self._scorer.scores(rows)
+        surprise = self._surprise(rows, scores)
+        return self._decide(scores, surprise, self.alarm.threshold)
+
+    def identify_batch(self, features: torch.Tensor) -> Decisions:
+        """All m inputs of ``features`` [m, L, D] together, which share a task: one entry, from the summed scores.
+
+        ``probability`` takes the inputs as independent. Unknown when their mean surprise is too large for m inputs.
+        """
+        rows = self._rows(features)
+        scores = self._scorer.scores(rows)
+        surprise = self._surprise(rows, scores).mean(0, keepdim=True)
+        return self._decide(scores.sum(0, keepdim=True), surprise, self.alarm.threshold_of_mean(len(rows)))
+
+    def soft(self, features: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+        """Task embedding ``e = softmax(-score / temperature)``, float64 [m, T]; the calibrated temperature if None."""
+        return torch.softmax(-self.score(features).double() / (temperature or self.recipe.temperature), 1)
 
     @cached_property
-    def _whitened(self) -> gaussian.Whitened:
-        parts = list(self._scatters.values())
-        counts = [part.count for part in parts]
-        factors = [part.factor.double() * part.count**0.5 for part in parts]
-        weights = gaussian.weights(counts, pooled_variance(parts), self.recipe.shrinkage, self.recipe.own)
-        return gaussian.whiten(torch.stack([part.mean.double() for part in parts]), factors, weights)
+    def alarm(self) -> Alarm:
+        """When an input counts as unknown, and the false-alarm rate that the reference inputs resolve."""
+        return Alarm.of(self._calibration[:, 2], self.recipe.false_alarms)
 
-    def identify(self, features: Tensor) -> Decisions:
-        """Each of the inputs ``features`` [m, layers, width] by itself."""
-        return self._decide(self.score(features))
+    def remove(self, task: str) -> Self:
+        """Without one task; the others' arrays stay as they are. RetexError for an unknown or the last task."""
+        if task not in self.stored:
+            close = difflib.get_close_matches(task, self.stored, n=3)
+            known = "close: " if close else "known: "
+            raise RetexError(f"no signature of task {task!r}", known + ", ".join(close or self.stored))
+        if len(self.stored) == 1:
+            raise RetexError(f"task {task!r} is the only one", "Delete the file instead.")
+        keep = {name: part for name, part in self.stored.items() if name != task}
+        return type(self)(self.recipe, keep, {name: self.recognised[name] for name in keep})
 
-    def identify_batch(self, features: Tensor) -> Decisions:
-        """All inputs together, which share a task: one entry, decided by the mean score."""
-        return self._decide(self.score(features).mean(0, keepdim=True), len(features))
+    def add(self, task: str, features: torch.Tensor) -> Self:
+        """With one more task, from its ``features`` [n >= 2, L, D] alone; the others' arrays stay as they are.
 
-    def _decide(self, scores: Tensor, inputs: int = 1) -> Decisions:
-        embedding = torch.softmax(-scores.double() * inputs / self.recipe.temperature, 1)
-        task = scores.argmin(1)
-        best = scores.sort(1).values
-        margin = best[:, 1] - best[:, 0] if len(self.tasks) > 1 else torch.full((len(scores),), float("inf"))
-        centre = torch.tensor([self.recipe.centre[name] for name in self.tasks])
-        spread = torch.tensor([self.recipe.spread[name] for name in self.tasks])
-        strangeness = (best[:, 0] - centre[task]) / spread[task] * inputs**0.5
-        return Decisions(
-            task=task,
-            probability=embedding.gather(1, task[:, None])[:, 0],
-            margin=margin,
-            unknown=strangeness > self.recipe.threshold,
-            embedding=embedding,
-        )
+        Layers, score and shrinkage stay what they were fitted to be, and so does the temperature, unless there was a
+        single task, which needs none. Fit again when the tasks have become others. RetexError for a task that is there
+        already, and for features that ``fit`` would refuse.
+        """
+        if task in self.stored:
+            raise RetexError(f"there is a signature of task {task!r} already", "Remove it first, or name it otherwise.")
+        check(features, f"task {task!r}", least=2)
+        check_layout(features, self.layout, f"task {task!r}")
+        rows = concatenate(unit_layers(features.cpu()), self.layout)
+        others = list(self.stored.values())
+        scores = left_out_scores(self.recipe, rows, [part.scatter() for part in others])
+        recipe = self.recipe
+        if len(others) == 1:
+            recipe = replace(recipe, temperature=fit_temperature(scores, torch.ones(len(rows), dtype=torch.int64)))
+        part, share = join(recipe, rows, scores, others)
+        parts, shares = {**self.stored, task: part}, {**self.recognised, task: share}
+        names = sorted(parts)
+        return type(self)(recipe, {name: parts[name] for name in names}, {name: shares[name] for name in names})
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Arrays for a file: per task ``mean`` float32, ``basis`` int8 with ``scales``, ``spectrum``, ``residual``."""
-        tensors: dict[str, Tensor] = {}
-        for task, part in self._scatters.items():
-            scales = part.basis.abs().amax(1).clamp_min(1e-30) / 127
-            tensors[f"{task}/mean"] = part.mean.float()
-            tensors[f"{task}/basis"] = torch.round(part.basis / scales[:, None]).to(torch.int8)
-            tensors[f"{task}/scales"] = scales.float()
-            tensors[f"{task}/spectrum"] = part.spectrum.float()
-            tensors[f"{task}/residual"] = torch.tensor([part.residual], dtype=torch.float32)
-        return tensors
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """The arrays of every task as ``task/field``, see ``StoredTask``; reference inputs are not among them."""
+        return {f"{task}/{name}": t for task, part in self.stored.items() for name, t in part.tensors().items()}
 
     def to_metadata(self) -> dict[str, object]:
-        """The recipe as a JSON object."""
-        return asdict(self.recipe)
+        """The recipe as a JSON object: choices, calibration, and per task the inputs and how many were recognised."""
+        return {
+            **self.recipe.to_json(),
+            "unknown": {
+                "surprise": self.alarm.threshold,
+                "expected": self.alarm.expected,
+                "interval": list(self.alarm.interval),
+            },
+            "tasks": {
+                task: {"inputs": part.count, "recognised": self.recognised[task]} for task, part in self.stored.items()
+            },
+        }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> Self:
-        """What ``to_tensors`` and ``to_metadata`` gave. RetexError where they do not fit together."""
-        try:
-            fields = dict(metadata)
-            fields["layers"], fields["weights"] = tuple(fields["layers"]), tuple(fields["weights"])  # type: ignore[arg-type]
-            recipe = Recipe(**fields)  # type: ignore[arg-type]
-            scatters = {
-                task: Scatter(
-                    count=count,
-                    mean=tensors[f"{task}/mean"],
-                    basis=tensors[f"{task}/basis"].float() * tensors[f"{task}/scales"][:, None],
-                    spectrum=tensors[f"{task}/spectrum"],
-                    residual=float(tensors[f"{task}/residual"]),
-                )
-                for task, count in recipe.counts.items()
-            }
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RetexError(f"the signatures are damaged: {error}", "build them again") from error
-        return cls(recipe, scatters)
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> Self:
+        """From what ``to_tensors`` and ``to_metadata`` gave; scores are the same bit for bit.
 
-    def with_recipe(self, **changes: object) -> Signatures:
-        """The same statistics under a changed recipe."""
-        return Signatures(replace(self.recipe, **changes), self._scatters)  # type: ignore[arg-type]
+        RetexError where a field or tensor is missing or does not fit.
+        """
+        recipe = read_recipe(metadata)
+        recognised = read_recognised(metadata)
+        stored = {task: storage.load(task, tensors, recipe.layout.size) for task in recognised}
+        return cls(recipe, stored, recognised)
 
+    def describe(self) -> dict[str, object]:
+        """The choices in a few words, for a person."""
+        recipe, low, high = self.recipe, *self.alarm.interval
+        words: dict[str, object] = {"score": recipe.score, "layers": " ".join(map(str, recipe.layout.layers))}
+        if recipe.score == "mahalanobis":
+            words |= {"shrinkage": recipe.shrinkage, "own share": recipe.own}
+        words["temperature"] = f"{recipe.temperature:.3g}"
+        words["false alarms"] = f"{100 * self.alarm.expected:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
+        return words
 
-def residual_norm(rows: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    """``|| (I - V V^T)(f - mu) ||`` [m] of ``rows`` [m, D] for a task's mean [D], basis [r, D] (arXiv 2606.22589)."""
-    away = rows - mean.to(rows.dtype)
-    basis = basis.to(rows.dtype)
-    outside = away - (away @ basis.T) @ basis
-    return outside.square().sum(1).sqrt()
+    def _rows(self, features: torch.Tensor) -> torch.Tensor:
+        check(features, "the inputs")
+        check_layout(features, self.layout, "the inputs")
+        return vectors(features.cpu(), self.layout)
+
+    @cached_property
+    def _scorer(self) -> GaussianScorer | ResidualScorer:
+        parts = [part.scatter() for part in self.stored.values()]
+        if self.recipe.score == "residual":
+            return ResidualScorer.of(parts)
+        return GaussianScorer.of(parts, self.recipe.shrinkage, self.recipe.own)
+
+    @cached_property
+    def _own(self) -> tuple[OwnDistance, ...]:
+        return tuple(OwnDistance.of(part.scatter()) for part in self.stored.values())
+
+    @cached_property
+    def _calibration(self) -> torch.Tensor:
+        return torch.cat([part.calibration for part in self.stored.values()]).double()
+
+    @cached_property
+    def _strangeness(self) -> Strangeness:
+        return Strangeness.of([part.calibration for part in self.stored.values()])
+
+    def _surprise(self, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        distance = nearest_distance(self.recipe, self._own.__getitem__, rows, scores)
+        return self._strangeness.surprise(distance, scores.argmin(1), entropy(scores, self.recipe.temperature))
+
+    def _decide(self, scores: torch.Tensor, surprise: torch.Tensor, threshold: float) -> Decisions:
+        embedding = torch.softmax(-scores.double() / self.recipe.temperature, 1)
+        best = scores.sort(1).values
+        margin = best[:, 1] - best[:, 0] if len(self.stored) > 1 else torch.full((len(scores),), torch.inf)
+        task = scores.argmin(1)
+        probability = embedding.gather(1, task[:, None])[:, 0]
+        return Decisions(task, probability, margin, surprise > threshold, embedding, surprise)
