@@ -80,7 +80,7 @@ def make(tasks: Sequence[str], workspace: Path, *, samples: int, budget: str, se
         '[model]\nbase = "base"  # all-MiniLM-L6-v2\n\n'
         '[merge]\nmethod = "average"\n\n'
         f'[offsets]\nbudget = "{budget}"\n\n'
-        f"[signatures]\nsamples = {samples}\nmax_length = {Recipe.max_length}  # tokens, as the experts were tuned with\n"
+        f"[signatures]\nsamples = {samples}\nmax_length = {Recipe.max_length}  # tokens, as in fine-tuning\n"
     )
     (workspace / "retex.toml").write_text("\n".join([head, *entries]))
 
