@@ -44,7 +44,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from the package index
     started = time.monotonic()
     print(f"Making the experts of {arguments.suite} (cached: a minute each the first time)", flush=True)
-    subprocess.run([sys.executable, str(SUITES / "make.py"), arguments.suite, str(workspace)], check=True)
+    making = [sys.executable, str(SUITES / "make.py"), arguments.suite, str(workspace)]
+    if status := subprocess.run(making).returncode:
+        sys.exit(status)  # it has said why
     if arguments.experts_only:
         return
     print(f"\nWorkspace: {workspace}", flush=True)
