@@ -19,7 +19,7 @@ from retex_cli.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from retex_cli.commands.build_signatures import BuildSignaturesReport
-    from retex_cli.commands.eval import EvalReport
+    from retex_cli.commands.eval_report import EvalReport
     from retex_cli.commands.fit_offsets import FitOffsetsReport
     from retex_cli.commands.identify import IdentifyReport
     from retex_cli.commands.init import InitReport
