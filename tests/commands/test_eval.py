@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
@@ -70,6 +70,15 @@ def test_protocol_k_needs_no_signatures(made: Path, retex: Retex) -> None:
     assert result.json["tasks"]["cars"]["identified"] is None
 
 
+def test_offsets_of_another_merged_checkpoint_are_refused_under_k_too(made: Path, retex: Retex) -> None:
+    tensors = load_file("merged/model.safetensors")
+    tensors["pooler.dense.bias"][0] += 1e-3
+    save_file(tensors, "merged/model.safetensors", metadata={"format": "pt"})
+    result = retex("eval", "--protocols", "K")
+    assert result.code == 1
+    assert "belongs to another merged checkpoint: tensor 'pooler.dense.bias'" in result.err
+
+
 def write_tests(rows: list[dict[str, object]]) -> None:
     Path("data/cars-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -106,7 +115,8 @@ def test_signatures_of_another_merged_checkpoint_are_refused(made: Path, retex: 
         (["--fail-under", "high"], ["'high' is not a number"]),
         (["--fail-under", "best=3"], ["unknown name 'best'"]),
         (["--protocols", "K,Z"], ["Z"]),
-        (["--protocols", "K", "--fail-under", "H=9"], ["H was not run"]),
+        (["--protocols", "K", "--fail-under", "H=9"], ["protocol H is not run"]),
+        (["--protocols", "E,H", "--fail-under", "worst=9"], ["protocol K is not run"]),
     ],
 )
 def test_wrong_usage(made: Path, retex: Retex, arguments: list[str], words: list[str]) -> None:

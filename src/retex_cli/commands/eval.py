@@ -22,10 +22,11 @@ from retex_cli.commands.identifier import Identifier
 from retex_cli.commands.offsets_file import OffsetsFile
 from retex_cli.commands.recover import tensors_of
 from retex_cli.errors import GateMissed, RetexError, UsageError
-from retex_cli.evaluation.gates import missed_gates, parse_gates
+from retex_cli.evaluation.gates import check_gates, missed_gates, parse_gates
 from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, mean_scores, score
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
+from retex_cli.io.provenance import checkpoint_digests
 from retex_cli.models.classifier import Classifier, label_names
 from retex_cli.models.device import choose_device, has_fast_bf16
 from retex_cli.offsets.predict import Predictor
@@ -77,6 +78,7 @@ def plan(config: EvalConfig) -> EvalPlan:
     unknown = [p for p in config.protocols if p not in PROTOCOLS]
     if unknown or not config.protocols:
         raise UsageError(f"unknown protocol {', '.join(unknown) or '(none)'}", f"any of {', '.join(PROTOCOLS)}")
+    check_gates(gates, config.protocols)
     if set(config.protocols) - {"K"} and not config.signatures:
         raise UsageError("protocols E and H need a signature file", "give --signatures FILE, or --protocols K")
     if not config.tests:
@@ -85,14 +87,13 @@ def plan(config: EvalConfig) -> EvalPlan:
     base = open_checkpoint(config.base) if config.base else None
     experts, tests = {}, {}
     for task in sorted(config.tests):
-        record = file.task(task)
+        file.task(task)
         reference = config.experts.get(task)
         if reference is None:
             raise UsageError(f"no expert given for task {task!r}", f"give --expert {task}=REF to compare with")
         experts[task] = open_checkpoint(reference) if base is None else open_expert(reference, base)
         labels = _labels(file.side_files(task), config.offsets, task)
         tests[task] = tuple(_checked(config.tests[task], task, labels))
-        del record
     return EvalPlan(config, file, experts, tests, gates)
 
 
@@ -151,6 +152,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
     """Run every model over every test input. EvalGateMissed, once all is written, where ``fail_under`` is missed."""
     config = plan.config
     device = choose_device(config.device, progress)
+    plan.file.check_merged(checkpoint_digests(plan.file.merged, thread_count(config.threads)))
     tasks = list(plan.tests)
     identifier = None
     if config.signatures and set(config.protocols) - {"K"}:

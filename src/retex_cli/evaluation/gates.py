@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from retex_cli.errors import UsageError
 from retex_cli.evaluation.protocols import PROTOCOLS
@@ -27,15 +27,18 @@ def parse_gates(text: str) -> dict[str, float]:
     return gates
 
 
-def missed_gates(gates: Mapping[str, float], normalised: Mapping[str, float], worst: float) -> list[str]:
-    """A sentence for each gate that the evaluation does not reach; ``normalised`` and ``worst`` are fractions.
+def check_gates(gates: Mapping[str, float], protocols: Collection[str]) -> None:
+    """UsageError for a gate on a protocol that will not be run; ``worst`` is the worst task under K."""
+    for name in gates:
+        protocol = "K" if name == "worst" else name
+        if protocol not in protocols:
+            raise UsageError(f"--fail-under {name}: protocol {protocol} is not run", "add it to --protocols")
 
-    UsageError for a gate on a protocol that was not run.
-    """
+
+def missed_gates(gates: Mapping[str, float], normalised: Mapping[str, float], worst: float) -> list[str]:
+    """A sentence for each gate that the evaluation does not reach; ``normalised`` and ``worst`` are fractions."""
     missed = []
     for name, threshold in gates.items():
-        if name != "worst" and name not in normalised:
-            raise UsageError(f"--fail-under: protocol {name} was not run", "add it to --protocols")
         value = 100 * (worst if name == "worst" else normalised[name])
         if value < threshold:
             what = "worst task under K" if name == "worst" else f"mean under {name}"

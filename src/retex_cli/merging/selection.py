@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,12 @@ class _Room:
             return self.left >= 0
 
 
-class _Counter:
+class _Counter(ABC):
     """Takes in values block by block; parts counted by several threads are merged."""
 
+    @abstractmethod
     def add(self, values: Floats) -> None:
         """Take in more values ``[n]``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
