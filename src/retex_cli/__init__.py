@@ -73,6 +73,12 @@ def merge(
     max_memory: int | None = None,
     allow_missing: Sequence[str] = (),
     allow_unrelated: bool = False,
+    inputs: Mapping[str, str] | None = None,
+    validation: Mapping[str, str] | None = None,
+    samples: int | None = None,
+    batchnorm: str = "average",
+    model: str | None = None,
+    batch_size: int = 32,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -82,9 +88,12 @@ def merge(
     """Merge ``experts`` (task name to reference) into one checkpoint of the base's shape.
 
     ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
-    ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's.
+    ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's. ``inputs`` and ``validation``
+    (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="measure"`` asks for them; ``model``
+    is "package.module:function" for networks that transformers does not build.
     """
     from retex_cli.commands import merge as command
+    from retex_cli.commands.merge_inputs import InputsConfig
 
     config = command.MergeConfig(
         base=base,
@@ -98,6 +107,7 @@ def merge(
         max_memory=max_memory,
         allow_missing=tuple(allow_missing),
         allow_unrelated=allow_unrelated,
+        data=InputsConfig(inputs or {}, validation or {}, samples, batchnorm, model, batch_size),
         device=device,
         threads=threads,
         seed=seed,

@@ -47,6 +47,8 @@ class MergeSection:
     dtype: str | None = None
     max_shard_size: str | int | None = None
     allow_missing: tuple[str, ...] = ()
+    samples: int | None = None
+    batchnorm: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
@@ -205,12 +207,14 @@ class _Reader:
         shard = table.get("max_shard_size")
         if shard is not None and not (isinstance(shard, (int, str)) and not isinstance(shard, bool)):
             raise self._wrong("merge.max_shard_size", 'a size such as "5GB"', shard)
-        fields = ("method", "dtype", "max_shard_size", "allow_missing", "override")
+        fields = ("method", "dtype", "max_shard_size", "allow_missing", "samples", "batchnorm", "override")
         return MergeSection(
             self._text(table, "merge.method"),
             self._text(table, "merge.dtype"),
             shard,
             globs,
+            self._count(table, "merge.samples"),
+            self._text(table, "merge.batchnorm"),
             {key: self._option(f"merge.{key}", value) for key, value in table.items() if key not in fields},
             {glob: self._override(glob, overrides) for glob in overrides},
         )

@@ -32,7 +32,12 @@ def merge(
         float | None, typer.Option("--density", metavar="SHARE", help="Share of each task vector that is kept.")
     ] = None,
     alpha: Annotated[
-        str | None, typer.Option("--alpha", metavar="SCALE", help="Scale of the merged task vector.")
+        str | None,
+        typer.Option(
+            "--alpha",
+            metavar="SCALE",
+            help="Scale of the merged task vector; auto: agrees best with the experts; validation: most accurate.",
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -42,6 +47,20 @@ def merge(
             help="Any option of the method, for the parameters that match. Repeat.",
         ),
     ] = None,
+    inputs: shared.Inputs = None,
+    validation: shared.Validation = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=8, metavar="N", help="Inputs of a task that are measured. [default: as usual]"),
+    ] = None,
+    batchnorm: Annotated[
+        str | None,
+        typer.Option(
+            "--batchnorm", metavar="average|measure", help="Running statistics: the experts' mean, or from inputs."
+        ),
+    ] = None,
+    model: shared.Model = None,
+    batch_size: shared.BatchSize = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="OUT", help="NAME.safetensors, a folder or -. [default: merged/]"),
@@ -83,7 +102,16 @@ def merge(
     given = pairs(expert, "--expert")
     start, experts = space.need_base(base), space.with_experts(given)
     from retex_cli.commands import merge as command
+    from retex_cli.commands.merge_inputs import InputsConfig
 
+    data = InputsConfig(
+        inputs=space.field("inputs", pairs(inputs, "--inputs")),
+        validation=space.field("validation", pairs(validation, "--validation")),
+        samples=samples or space.merge.samples,
+        batchnorm=batchnorm or space.merge.batchnorm or "average",
+        model=model or space.model,
+        batch_size=batch_size or space.eval.batch_size or 32,
+    )
     config = command.MergeConfig(
         base=start,
         experts=experts,
@@ -96,6 +124,7 @@ def merge(
         max_memory=memory,
         allow_missing=(*space.merge.allow_missing, *(allow_missing or ())),
         allow_unrelated=allow_unrelated,
+        data=data,
         device=device,
         threads=threads,
         seed=seed,

@@ -25,6 +25,10 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--inputs", metavar="NAME=PATH", help="A task's unlabelled reference inputs. Repeat."),
 ]
+Validation = Annotated[
+    list[str] | None,
+    typer.Option("--validation", metavar="NAME=PATH", help="A task's labelled rows to choose a scale on. Repeat."),
+]
 Tests = Annotated[
     list[str] | None, typer.Option("--test", metavar="NAME=PATH", help="A task's labelled test data. Repeat.")
 ]
@@ -48,6 +52,10 @@ ShardSize = Annotated[
 AllowMissing = Annotated[
     list[str] | None,
     typer.Option("--allow-missing", metavar="GLOB", help="Base parameters that an expert may lack. Repeat; recorded."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODULE:NAME", help="Function that builds a model transformers cannot."),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Inputs per forward pass.")]
 Device = Annotated[

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from retex_cli.commands.expert_models import ExpertModels
+from retex_cli.commands.merge_inputs import InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
 from retex_cli.commands.merge_plan import Recipe, Stored, account_for, check_accounts, config_with_dtype, placeholder
 from retex_cli.commands.merge_report import MergeReport, model_card
 from retex_cli.errors import RetexError, UsageError
@@ -28,6 +30,7 @@ from retex_cli.merging import budget, related
 from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.table import Method, find_method, options_for
 from retex_cli.merging.view import View
+from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress, Silent
 
 
@@ -37,7 +40,7 @@ class MergeConfig:
 
     ``experts`` maps task names to references (file, folder, Hub id or LoRA adapter). ``options`` are the method's,
     ``overrides`` maps globs over the base's tensor names to options that differ there. ``max_memory`` bounds the bytes
-    of the tensors held at once. ``allow_missing`` are globs of base parameters that an expert may lack,
+    of the tensors held at once. ``data`` says what may be measured on inputs. ``allow_missing`` are globs of base parameters that an expert may lack,
     ``allow_unrelated`` lets experts through that were not tuned from this base.
     """
 
@@ -52,6 +55,7 @@ class MergeConfig:
     max_memory: int | None = None
     allow_missing: tuple[str, ...] = ()
     allow_unrelated: bool = False
+    data: InputsConfig = field(default_factory=InputsConfig)
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -71,6 +75,7 @@ class MergePlan:
     specs: tuple[TensorSpec, ...]
     output: Output
     budget: int
+    inputs: InputsPlan
 
     def report(self) -> MergeReport:
         """What would happen, from the headers."""
@@ -104,10 +109,13 @@ def plan(config: MergeConfig) -> MergePlan:
         for name, info in base.tensors.items()
     )
     steps = tuple(_step(config, method, base, experts, alignments, spec) for spec in specs)
-    _check_overrides(config, method, [step.view.name for step in steps if isinstance(step, Merge)])
+    merged = [step.view.name for step in steps if isinstance(step, Merge)]
+    _check_overrides(config, method, merged)
+    data = plan_inputs(config.data, method, list(experts), config.options, config.overrides, merged)
     inputs = [path for checkpoint in (base, *experts.values()) for path in checkpoint.files]
     output.check(config.overwrite, inputs, sum(spec.nbytes for spec in specs))
-    return MergePlan(config, method, base, experts, alignments, steps, specs, output, _budget(config, method, steps))
+    room = _budget(config, method, steps)
+    return MergePlan(config, method, base, experts, alignments, steps, specs, output, room, data)
 
 
 def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
@@ -122,7 +130,8 @@ def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         ratios = _check_related(plan)
         hashing = _Hashing(plan)
         stack.callback(hashing.close)
-        recipe = _recipe(plan, hashing.all() if plan.output.kind == "stdout" else None)
+        prepared = _prepare(plan, stack, progress)
+        recipe = _recipe(plan, prepared, hashing.all() if plan.output.kind == "stdout" else None)
         writer = stack.enter_context(
             open_output(
                 plan.output,
@@ -133,20 +142,15 @@ def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
                 side_files=_side_files(plan),
             )
         )
-        _stream(plan, writer, progress)
+        _stream(plan, prepared, writer, progress)
         if plan.output.kind != "stdout":
-            recipe = _sign(plan, writer, recipe, hashing.all())
-    return plan.report().finished(time.monotonic() - began, ratios, recipe.hashes)
+            recipe = _sign(plan, prepared, writer, recipe, hashing.all())
+    return plan.report().finished(time.monotonic() - began, ratios, recipe.hashes, prepared.found)
 
 
 def _check_tasks(config: MergeConfig, method: Method) -> None:
     if not config.experts:
         raise UsageError("there is no expert to merge", "give some: --expert NAME=REF, or [tasks.NAME] in retex.toml")
-    if method.needs == "inputs":
-        raise UsageError(
-            f"method {method.name!r} needs statistics of every task's inputs, which this version does not collect",
-            "choose a method that needs none: average, ties, tsv_m",
-        )
     if method.needs == "two experts" and len(config.experts) != 2:
         names = ", ".join(sorted(config.experts))
         raise UsageError(
@@ -235,11 +239,21 @@ def _check_related(plan: MergePlan) -> dict[str, float]:
     return {task: norm / base_norm if base_norm else 0.0 for task, norm in norms.items()}
 
 
-def _stream(plan: MergePlan, writer: Writer, progress: Progress) -> None:
+def _prepare(plan: MergePlan, stack: ExitStack, progress: Progress) -> Prepared:
+    """What the inputs say; nothing is opened or imported where nobody asks them."""
+    if plan.inputs.idle:
+        return Prepared(plan.steps, {})
+    config = plan.config
+    models = ExpertModels(plan.experts, plan.alignments, _device(config.device), config.data.model)
+    threads = thread_count(config.threads)
+    return prepare(plan.inputs, plan.steps, models, stack, threads=threads, budget=plan.budget, progress=progress)
+
+
+def _stream(plan: MergePlan, prepared: Prepared, writer: Writer, progress: Progress) -> None:
     progress.start("merging", len(plan.steps))
     stream(
         plan.method,
-        plan.steps,
+        prepared.steps,
         writer,
         threads=plan.config.threads,
         budget=plan.budget,
@@ -264,7 +278,7 @@ class _Hashing:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _recipe(plan: MergePlan, hashes: Mapping[Path, str] | None) -> Recipe:
+def _recipe(plan: MergePlan, prepared: Prepared, hashes: Mapping[Path, str] | None) -> Recipe:
     """How the output is made; digests that are not known yet are placeholders of equal length."""
     files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
     known = hashes or {path: placeholder(index) for index, path in enumerate(files)}
@@ -286,17 +300,20 @@ def _recipe(plan: MergePlan, hashes: Mapping[Path, str] | None) -> Recipe:
             )
             if value
         },
+        found=prepared.found,
         base=plan.base,
         experts=plan.experts,
         hashes=known,
     )
 
 
-def _sign(plan: MergePlan, writer: Writer, recipe: Recipe, hashes: Mapping[Path, str]) -> Recipe:
+def _sign(
+    plan: MergePlan, prepared: Prepared, writer: Writer, recipe: Recipe, hashes: Mapping[Path, str]
+) -> Recipe:
     """Put the digests into the headers and the model card beside the weights."""
     for path, digest in hashes.items():
         writer.patch(recipe.hashes[path], digest)
-    signed = _recipe(plan, hashes)
+    signed = _recipe(plan, prepared, hashes)
     if plan.output.kind == "folder":
         writer.side_file("README.md", model_card(signed, Path(plan.config.output).name).encode())
     return signed

@@ -125,13 +125,14 @@ class Recipe:
     seed: int
     dtype: str | None
     allowed: Mapping[str, object]
+    found: Mapping[str, object]
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     hashes: Mapping[Path, str]
 
     def to_json(self) -> dict[str, object]:
         """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}`` and
-        what was let through; each input as ``{"reference", "revision", "files": {file name: SHA-256}}``.
+        what was let through and what was measured on inputs; each input as ``{"reference", "revision", "files": {file name: SHA-256}}``.
         """
         return {
             "command": "merge",
@@ -143,6 +144,7 @@ class Recipe:
             "seed": self.seed,
             "dtype": self.dtype,
             **self.allowed,
+            **self.found,
             "base": self._input(self.base),
             "experts": {task: self._input(expert) for task, expert in self.experts.items()},
         }

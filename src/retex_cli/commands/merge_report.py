@@ -33,10 +33,15 @@ class MergeReport:
     seconds: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, object] = field(default_factory=dict)
 
-    def finished(self, seconds: float, ratios: Mapping[str, float], hashes: Mapping[Path, str]) -> MergeReport:
-        """The same after the work: its time, ``|tau| / |W0|`` per task and the digest of every input file."""
-        return replace(self, seconds=seconds, ratios=ratios, sha256={str(p): digest for p, digest in hashes.items()})
+    def finished(
+        self, seconds: float, ratios: Mapping[str, float], hashes: Mapping[Path, str], found: Mapping[str, object]
+    ) -> MergeReport:
+        """The same after the work: its time, ``|tau| / |W0|`` per task, the digest of every input file, and what was
+        measured on inputs."""
+        digests = {str(path): digest for path, digest in hashes.items()}
+        return replace(self, seconds=seconds, ratios=ratios, sha256=digests, found=found)
 
     def to_json(self) -> Json:
         """The object that ``--json`` prints.
@@ -46,7 +51,8 @@ class MergeReport:
         {tied name: kept name}}``; ``experts``: per task ``{"reference", "revision", "merged", "task_tensors": [names],
         "rows": {name: [common, all]}, "lacks": [base names], "prefix": [removed from base, from expert],
         "task_vector_ratio"}``; ``bytes_in``, ``bytes_out``, ``peak_memory`` (bytes of blocks held at once);
-        ``seconds`` and ``sha256`` ``{file: digest}``, null and empty for a plan.
+        ``seconds`` and ``sha256`` ``{file: digest}``, null and empty for a plan. Only where inputs were read:
+        ``measured_inputs`` ``{task: rows}``, ``scale`` ``{"alpha", "by", "tried": {alpha: share}}``, ``batchnorm``.
         """
         a = self.accounts
         return {
@@ -56,6 +62,7 @@ class MergeReport:
             "options": dict(self.options),
             "overrides": {glob: dict(options) for glob, options in self.overrides.items()},
             "seed": self.seed,
+            **self.found,
             "base": {"reference": a.base, "revision": a.base_revision},
             "tensors": {
                 "total": a.total,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from retex_cli.merging.engine import Merge, stream
-from retex_cli.merging.table import find_method, options_for
+from retex_cli.merging.budget import DEFAULT
+from retex_cli.merging.engine import Copy, Merge, stream
+from retex_cli.merging.table import Method, find_method, options_for
 from retex_cli.merging.view import View
 
 
@@ -36,12 +37,32 @@ def _statistics(name: str, tasks: list[str], given: Mapping[str, Mapping[str, Te
     return tuple(Held(f"statistics of {name!r} for {task!r}", given[task][name]) for task in tasks)
 
 
-@dataclass
-class _Collected:
-    blocks: list[Tensor] = field(default_factory=list)
+class Memory:
+    """A sink that keeps merged tensors, float32, in the order of the steps."""
+
+    def __init__(self, steps: Sequence[Merge]) -> None:
+        self.tensors = [torch.empty(step.view.numel) for step in steps]
+        self._place = self._done = 0
 
     def write(self, data: Tensor) -> None:
-        self.blocks.append(data)
+        """The next elements."""
+        while len(data):
+            target = self.tensors[self._place][self._done :]
+            count = min(len(target), len(data))
+            target[:count] = data[:count]
+            data, self._done = data[count:], self._done + count
+            if count == len(target):
+                self._place, self._done = self._place + 1, 0
+
+
+def merge_steps(
+    method: Method, steps: Sequence[Merge | Copy], *, threads: int | None = 1, budget: int = DEFAULT
+) -> dict[str, Tensor]:
+    """The merged tensors by name, in float32 and whole; what is copied is left out."""
+    merges = [replace(step, dtype=torch.float32) for step in steps if isinstance(step, Merge)]
+    sink = Memory(merges)
+    stream(method, merges, sink, threads=threads, budget=budget)
+    return {s.view.name: t.view(s.view.shape) for s, t in zip(merges, sink.tensors, strict=True)}
 
 
 def merge_tensors(
@@ -62,7 +83,6 @@ def merge_tensors(
     ``RetexError`` for a NaN or infinity.
     """
     row, tasks = find_method(method), sorted(experts)
-    sink = _Collected()
     steps = [
         Merge(
             View(
@@ -79,7 +99,5 @@ def merge_tensors(
         )
         for name, tensor in base.items()
     ]
-    stream(row, steps, sink, threads=threads)
-    flat = torch.cat(sink.blocks) if sink.blocks else torch.empty(0)
-    parts = torch.split(flat, [tensor.numel() for tensor in base.values()])
-    return {name: part.view(base[name].shape).to(base[name].dtype) for name, part in zip(base, parts, strict=True)}
+    merged = merge_steps(row, steps, threads=threads)
+    return {name: merged[name].to(tensor.dtype) for name, tensor in base.items()}

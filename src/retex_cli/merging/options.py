@@ -12,7 +12,7 @@ Value = float | int | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One setting of a method: its default is the paper's, its type the default's. "auto" stands for a number."""
+    """One setting of a method: its default is the paper's, its type the default's (a number where that is a word)."""
 
     name: str
     default: Value
@@ -20,6 +20,8 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    """Words that may stand for the number."""
 
     def parse(self, value: object, method: str) -> Value:
         """``value`` (from a flag, a file or a caller) as this option's type; ``UsageError`` if it cannot be meant."""
@@ -30,9 +32,7 @@ class Option:
             return str(value)
         if isinstance(self.default, bool):
             return _parse_bool(value, place)
-        if self.default == "auto":
-            return "auto" if value == "auto" else self._parse_number(value, place)
-        if isinstance(self.default, str):
+        if value in self.words:
             return str(value)
         return self._parse_number(value, place)
 
@@ -42,7 +42,8 @@ class Option:
                 raise ValueError
             number = float(value)
         except ValueError:
-            raise UsageError(f"{place} is {value!r}", "it must be a number") from None
+            words = "".join(f" or {word}" for word in self.words)
+            raise UsageError(f"{place} is {value!r}", f"it must be a number{words}") from None
         if not math.isfinite(number) or not self.low <= number <= self.high:
             raise UsageError(f"{place} is {value!r}", f"it must lie between {self.low:g} and {self.high:g}")
         if isinstance(self.default, int):

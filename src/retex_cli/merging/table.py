@@ -23,6 +23,7 @@ class Method:
 
     ``granularity`` says how much must be in memory at once: "element" a block of elements, "rows" blocks of rows and
     Gram matrices (and the tensor of every expert if it is wide), "tensor" the tensor of every expert.
+    ``needs`` names the statistics of every task's inputs that a method reads, ``samples`` how many inputs are usual.
     ``survey`` is the place of an optional function that looks at all tensors before the first is merged (for thresholds
     over the whole model).
     """
@@ -33,8 +34,14 @@ class Method:
     where: str
     options: tuple[Option, ...] = ()
     granularity: Literal["element", "rows", "tensor"] = "element"
-    needs: Literal["nothing", "two experts", "inputs"] = "nothing"
+    needs: Literal["nothing", "two experts", "grams", "fisher"] = "nothing"
+    samples: int = 0
     survey: str = ""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether something is measured on the tasks' inputs before the merge."""
+        return self.needs in ("grams", "fisher")
 
     @property
     def link(self) -> str:
@@ -97,7 +104,15 @@ def options_for(
     return method.resolve(given)
 
 
-_ALPHA = "how much of the merged task vector is added to the base"
+AUTO, VALIDATION = "auto", "validation"
+"""Words for ``alpha``: chosen by agreement with the experts on held-out inputs, or on labelled validation data."""
+
+
+def _alpha(default: float) -> Option:
+    help = "how much of the merged task vector is added to the base"
+    return Option("alpha", default, help, words=(AUTO, VALIDATION))
+
+
 _INNER = ("ties", "task_arithmetic", "average", "dare", "dare_ties")
 _SWITCH = ("auto", "on", "off")
 _DENSITY = "share of each task vector's entries that is kept"
@@ -109,7 +124,7 @@ _ROWS = (
         "Task arithmetic: base plus the scaled sum of task vectors",
         "2212.04089",
         "linear:task_arithmetic",
-        (Option("alpha", 0.4, _ALPHA),),
+        (_alpha(0.4),),
     ),
     Method(
         "ties",
@@ -118,7 +133,7 @@ _ROWS = (
         "sparse:ties",
         (
             Option("density", 0.2, _DENSITY, 0.0, 1.0),
-            Option("alpha", 1.0, _ALPHA),
+            _alpha(1.0),
             Option("scope", "global", "where the largest entries are chosen", choices=("global", "tensor")),
         ),
         survey="sparse:ties_survey",
@@ -128,14 +143,14 @@ _ROWS = (
         "DARE: drop entries at random, rescale, then task arithmetic",
         "2311.03099",
         "sparse:dare",
-        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), Option("alpha", 0.4, _ALPHA)),
+        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), _alpha(0.4)),
     ),
     Method(
         "dare_ties",
         "DARE, then the sign election and disjoint mean of TIES",
         "2311.03099",
         "sparse:dare_ties",
-        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), Option("alpha", 1.0, _ALPHA)),
+        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), _alpha(1.0)),
     ),
     Method(
         "della",
@@ -145,7 +160,7 @@ _ROWS = (
         (
             Option("density", 0.7, _DENSITY, 1e-6, 1.0),
             Option("window", 0.14, "how much likelier the largest entry of a row is kept than the smallest", 0.0, 1.0),
-            Option("alpha", 1.1, _ALPHA),
+            _alpha(1.1),
         ),
     ),
     Method(
@@ -156,7 +171,7 @@ _ROWS = (
         (
             Option("density", 0.15, _DENSITY, 0.0, 1.0),
             Option("gamma", 0.006, "share of largest entries that is dropped", 0.0, 1.0),
-            Option("alpha", 0.2, _ALPHA),
+            _alpha(0.2),
         ),
     ),
     Method(
@@ -187,7 +202,7 @@ _ROWS = (
         "balance:pcb",
         (
             Option("density", 0.1, "share of entries of each task with a weight above zero", 1e-6, 1.0),
-            Option("alpha", 1.0, _ALPHA),
+            _alpha(1.0),
         ),
         survey="balance:pcb_survey",
     ),
@@ -199,7 +214,7 @@ _ROWS = (
         (
             Option("tall_lambda", 0.4, "how clearly an entry must matter to count for a task", 0.0),
             Option("agreement", 2, "to how many tasks an entry must matter", 0),
-            Option("alpha", 0.4, _ALPHA),
+            _alpha(0.4),
         ),
     ),
     Method("emr", "EMR: elected sign, largest magnitude (the unified model)", "2405.17461", "unify:emr"),
@@ -208,7 +223,7 @@ _ROWS = (
         "TSV-M: orthogonal top singular vectors of every task",
         "2412.00081",
         "spectral:tsv_m",
-        (Option("alpha", 1.0, _ALPHA),),
+        (_alpha(1.0),),
         "rows",
     ),
     Method(
@@ -216,7 +231,7 @@ _ROWS = (
         "Iso-C: task arithmetic with a flat spectrum",
         "2502.04959",
         "spectral:iso_c",
-        (Option("alpha", 1.0, _ALPHA),),
+        (_alpha(1.0),),
         "rows",
     ),
     Method(
@@ -226,7 +241,7 @@ _ROWS = (
         "spectral:iso_cts",
         (
             Option("common", 0.8, "share of the rank that the common subspace takes", 0.0, 1.0),
-            Option("alpha", 1.0, _ALPHA),
+            _alpha(1.0),
         ),
         "rows",
     ),
@@ -238,7 +253,7 @@ _ROWS = (
         (
             Option("inner", "ties", "the method that merges in the basis", choices=_INNER),
             Option("density", 0.2, _DENSITY, 1e-6, 1.0),
-            Option("alpha", 0.6, _ALPHA),
+            _alpha(0.6),
         ),
         "tensor",
     ),
@@ -265,7 +280,8 @@ _ROWS = (
             Option("normalise", True, "divide each Fisher information by its norm"),
             Option("floor", 1e-6, "smallest weight", 0.0),
         ),
-        needs="inputs",
+        needs="fisher",
+        samples=64,
         survey="inputs:fisher_survey",
     ),
     Method(
@@ -275,7 +291,8 @@ _ROWS = (
         "inputs:regmean",
         (Option("shrink", 0.9, "factor on the off-diagonal entries of the Gram matrices", 0.0, 1.0),),
         "tensor",
-        needs="inputs",
+        needs="grams",
+        samples=256,
     ),
     Method(
         "esm",
@@ -284,7 +301,7 @@ _ROWS = (
         "esm:esm",
         (
             Option("variant", "vision", "the published code that is followed", choices=("vision", "roberta")),
-            Option("alpha", 1.0, _ALPHA),
+            _alpha(1.0),
             Option("eigenvalues", "auto", "weigh directions by their eigenvalues", choices=_SWITCH),
             Option("tasks", "auto", "scale tasks by their norm", choices=_SWITCH),
             Option("columns", "auto", "scale input dimensions by their norm", choices=_SWITCH),
@@ -292,14 +309,20 @@ _ROWS = (
             Option("polar", "auto", "make the joined directions orthogonal", choices=_SWITCH),
         ),
         "tensor",
-        needs="inputs",
+        needs="grams",
+        samples=32,
         survey="esm:esm_survey",
     ),
 )
 
 MODIFIERS = (
     Option("lines", 0.0, "LiNeS (2410.17146): how much more the last block's task vector is scaled than the first's"),
-    Option("lines_alpha", "auto", "LiNeS: scale of the first block and of what is outside; auto as in the paper"),
+    Option(
+        "lines_alpha",
+        "auto",
+        "LiNeS: scale of the first block and of what is outside; auto as in the paper",
+        words=("auto",),
+    ),
 )
 """Options that every method takes."""
 

@@ -1,0 +1,107 @@
+"""Experts as running networks, for merges that look at inputs: which inputs, and one task's network at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retex_cli.errors import RetexError, UsageError
+from retex_cli.io.align import Alignment
+from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.inputs import Example, read_rows
+from retex_cli.models.network import Network
+
+HELD_OUT = 4
+"""One in so many of a task's inputs is kept apart for the choice of a scale, where one is to be chosen."""
+
+LEAST = 8
+"""Fewer inputs than this say nothing about a task."""
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a merge may look at of one task: unlabelled inputs to measure on, others to choose on, labelled ones."""
+
+    measured: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    validation: tuple[Example, ...]
+
+
+def read_inputs(task: str, path: str | None, samples: int, *, hold_out: bool) -> TaskInputs:
+    """The first ``samples`` unlabelled inputs; with ``hold_out`` the last quarter of the file is kept apart.
+
+    UsageError where the task names no inputs, RetexError where the file has too few.
+    """
+    if path is None:
+        raise UsageError(
+            f"task {task!r} has no inputs, and this merge measures on every task's",
+            f"give --inputs {task}=FILE, or inputs under [tasks.{task}] in retex.toml",
+        )
+    rows = tuple(read_rows(Path(path)))
+    if len(rows) < LEAST:
+        raise RetexError(f"{path}: {len(rows)} inputs for task {task!r}, at least {LEAST} are needed", "give more")
+    kept = len(rows) - len(rows) // HELD_OUT if hold_out else len(rows)
+    return TaskInputs(rows[: min(kept, samples)], rows[kept:], ())
+
+
+def read_validation(task: str, path: str | None) -> TaskInputs:
+    """Labelled rows. UsageError where the task names none, RetexError for a row without a label."""
+    if path is None:
+        raise UsageError(
+            f"task {task!r} has no validation data, and the scale is to be chosen on it",
+            f"give --validation {task}=FILE, validation under [tasks.{task}] in retex.toml, or alpha = auto",
+        )
+    rows = tuple(read_rows(Path(path)))
+    bare = [row for row in rows if row.label is None]
+    if bare:
+        raise RetexError(f"{bare[0].source}: no label", "validation data is labelled: give every row a label")
+    return TaskInputs((), (), rows)
+
+
+@dataclass(frozen=True)
+class ExpertModels:
+    """Builds one task's network at a time, with the expert's own weights or with merged ones in their place."""
+
+    experts: Mapping[str, Checkpoint]
+    alignments: Mapping[str, Alignment]
+    device: torch.device
+    model: str | None
+
+    @contextmanager
+    def network(self, task: str) -> Iterator[Network]:
+        """The network of a task's expert, its weights yet to come. RetexError where the expert has no config."""
+        expert = self.experts[task]
+        files = expert.side_files()
+        if "config.json" not in files:
+            raise RetexError(
+                f"{expert.reference}: expert {task!r} has no config.json, so there is no network to run inputs through",
+                "give the expert as a folder, or a method that needs no inputs",
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            for name, path in files.items():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).symlink_to(path.resolve())
+            yield Network(Path(folder), self.device, model=self.model)
+
+    def load_expert(self, network: Network, task: str) -> None:
+        """The expert's own weights."""
+        expert = self.experts[task]
+        network.load({name: expert.read(name) for name in expert.tensors}, expert.reference)
+
+    def load_merged(self, network: Network, task: str, merged: Mapping[str, Tensor]) -> None:
+        """Merged tensors (by the base's names) in place of the expert's shared ones; its head and extra rows stay."""
+        expert, alignment = self.experts[task], self.alignments[task]
+        ours = {theirs: name for name, theirs in alignment.shared.items() if name in merged}
+        tensors = {}
+        for name in expert.tensors:
+            tensors[name] = merged[ours[name]] if name in ours else expert.read(name)
+            if name in ours and ours[name] in alignment.rows:
+                extra = expert.read(name)[alignment.rows[ours[name]] :]
+                tensors[name] = torch.cat([tensors[name].to(extra.dtype), extra])
+        network.load(tensors, f"the merged weights with the head of {task!r}")
