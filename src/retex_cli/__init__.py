@@ -4,6 +4,7 @@ Each command of the ``retex`` tool is a function here that takes the same words:
 ``build_signatures``, ``recover``, ``evaluate``, ``identify``, ``inspect`` and ``init``. Each plans, which checks
 everything and writes nothing, then runs, and returns the report that the command would print. Model references are
 paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a folder or ``-`` for standard output.
+``model`` (``package.module:function``) builds the network where it is no transformers model.
 ``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
 
 Importing this module imports nothing heavy: torch is loaded by the first call.
@@ -154,6 +155,7 @@ def build_signatures(
     *,
     preset: str = "default",
     base: str | None = None,
+    model: str | None = None,
     samples: int | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
@@ -172,6 +174,7 @@ def build_signatures(
         output=output,
         preset=preset,
         base=base,
+        model=model,
         samples=samples,
         max_length=max_length,
         batch_size=batch_size,
@@ -194,6 +197,7 @@ def recover(
     mix: Mapping[str, float] | None = None,
     soft: bool = False,
     head: str | None = None,
+    model: str | None = None,
     dtype: str | None = None,
     max_shard_size: int = 5_000_000_000,
     device: str = "auto",
@@ -217,6 +221,7 @@ def recover(
         mix=mix or {},
         soft=soft,
         head=head,
+        model=model,
         dtype=dtype,
         max_shard_size=max_shard_size,
         device=device,
@@ -234,6 +239,7 @@ def evaluate(
     *,
     signatures: str | None = None,
     base: str | None = None,
+    model: str | None = None,
     output: str | None = None,
     logits: str | None = None,
     protocols: Sequence[str] = ("K", "E", "H"),
@@ -257,6 +263,7 @@ def evaluate(
         experts=experts,
         tests=tests,
         base=base,
+        model=model,
         output=output,
         logits=logits,
         protocols=tuple(protocols),
@@ -273,6 +280,7 @@ def identify(
     signatures: str,
     inputs: Sequence[str],
     *,
+    model: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -281,7 +289,7 @@ def identify(
     from retex_cli.commands import identify as command
 
     config = command.IdentifyConfig(
-        merged=merged, signatures=signatures, inputs=tuple(inputs), device=device, threads=threads
+        merged=merged, signatures=signatures, inputs=tuple(inputs), model=model, device=device, threads=threads
     )
     return command.run(command.plan(config), progress or Silent())
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +33,7 @@ FUNCTIONS = {**MODULES, "eval": "evaluate"}
 TOML = """
 [model]
 base = "org/base"
+model = "nets:build"
 [merge]
 method = "ties"
 density = 0.3
@@ -132,9 +135,17 @@ SPELT = {"cars": "x", "dtd": "y"}
         (
             (
                 "build-signatures --inputs cars=x --preset sim --base b --samples 33 --max-length 4"
-                " --batch-size 2 --seed 1"
+                " --batch-size 2 --seed 1 --model a.b:c"
             ).split(),
-            {"preset": "sim", "base": "b", "samples": 33, "max_length": 4, "batch_size": 2, "seed": 1},
+            {
+                "preset": "sim",
+                "base": "b",
+                "model": "a.b:c",
+                "samples": 33,
+                "max_length": 4,
+                "batch_size": 2,
+                "seed": 1,
+            },
         ),
         (
             "recover --task cars".split(),
@@ -160,8 +171,8 @@ SPELT = {"cars": "x", "dtd": "y"}
         ),
         ("recover --mix cars=1".split(), {"output": "recovered/mix"}),
         (
-            "recover --input a.jpg --input b.jpg --soft".split(),
-            {"input": ("a.jpg", "b.jpg"), "soft": True, "output": "recovered/auto", "task": None},
+            "recover --input a.jpg --input b.jpg --soft --model a:b".split(),
+            {"model": "a:b", "input": ("a.jpg", "b.jpg"), "soft": True, "output": "recovered/auto", "task": None},
         ),
         ("recover --task auto --input a.jpg".split(), {"task": "auto", "output": "recovered/auto"}),
         (
@@ -179,20 +190,20 @@ SPELT = {"cars": "x", "dtd": "y"}
             },
         ),
         (
-            "eval --test cars=t --expert cars=x --signatures s --fail-under 99 --logits l -o e.json --base b".split(),
+            "eval --test cars=t --expert cars=x --signatures s --fail-under 99 --logits l -o e.js --model a:b".split(),
             {
+                "model": "a:b",
                 "signatures": "s",
                 "protocols": ("K", "E", "H"),
                 "fail_under": "99",
                 "logits": "l",
-                "output": "e.json",
-                "base": "b",
+                "output": "e.js",
             },
         ),
-        ("eval --test cars=t --expert cars=x --protocols E".split(), {"protocols": ("E",)}),
+        ("eval --test cars=t --expert cars=x --protocols E --base b".split(), {"protocols": ("E",), "base": "b"}),
         (
-            "identify a b --merged m --signatures s --device cpu --threads 1".split(),
-            {"inputs": ("a", "b"), "merged": "m", "signatures": "s", "device": "cpu", "threads": 1},
+            "identify a b --merged m --signatures s --device cpu --threads 1 --model a:b".split(),
+            {"model": "a:b", "inputs": ("a", "b"), "merged": "m", "signatures": "s", "device": "cpu", "threads": 1},
         ),
         ("inspect x.safetensors".split(), {"path": "x.safetensors"}),
         ("inspect".split(), {"path": "merged"}),
@@ -235,6 +246,7 @@ def in_file(folder: Path) -> dict[str, dict[str, object]]:
         "build-signatures": {
             "merged": f"{at}merged",
             "base": "org/base",
+            "model": "nets:build",
             "inputs": {"cars": f"{at}cars.jsonl"},
             "output": f"{at}signatures.safetensors",
             "preset": "sim",
@@ -242,9 +254,10 @@ def in_file(folder: Path) -> dict[str, dict[str, object]]:
             "max_length": 9,
             "batch_size": 5,
         },
-        "recover": {**artefacts, "output": f"{at}recovered/cars", "task": "cars"},
+        "recover": {**artefacts, "model": "nets:build", "output": f"{at}recovered/cars", "task": "cars"},
         "eval": {
             **artefacts,
+            "model": "nets:build",
             "experts": experts,
             "tests": {"cars": f"{at}cars-test.jsonl"},
             "protocols": ("K", "H"),
@@ -273,6 +286,19 @@ def test_flags_beat_the_file(here: Path, config_of) -> None:
     signatures = config_of(*"build-signatures --preset default --samples 50 --max-length 3 --batch-size 4".split())
     assert [signatures[key] for key in ("preset", "samples", "max_length", "batch_size")] == ["default", 50, 3, 4]
     assert config_of("eval", "--protocols", "K", "--batch-size", "4")["protocols"] == ("K",)
+    assert config_of("eval", "--model", "other:build")["model"] == "other:build"
+
+
+def test_a_module_beside_the_file_can_be_imported(here: Path, config_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "there").mkdir()
+    (here / "there/retex.toml").write_text("")
+    config_of("identify", "x", "-w", "there")
+    assert str(here / "there") not in sys.path, "nobody named a function"
+    (here / "there/retex.toml").write_text(TOML)
+    (here / "there/beside_the_file.py").write_text("")
+    config_of("identify", "x", "-w", "there")
+    assert importlib.util.find_spec("beside_the_file") is not None
 
 
 def test_identify_and_inspect_know_the_artefacts_of_the_workspace(here: Path, config_of) -> None:

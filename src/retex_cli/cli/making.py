@@ -11,7 +11,7 @@ import typer
 from retex_cli.cli import options as shared
 from retex_cli.cli.output import How, note
 from retex_cli.cli.perform import perform
-from retex_cli.cli.values import pairs, scalar, settings, size
+from retex_cli.cli.values import model_of, pairs, scalar, settings, size
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, SIGNATURES, MergeSection, Workspace
 
@@ -220,6 +220,7 @@ def build_signatures(
     inputs: shared.Inputs = None,
     merged: shared.Merged = None,
     base: shared.Base = None,
+    model: shared.Model = None,
     preset: Annotated[
         str | None,
         typer.Option("--preset", metavar="default|sim", help="sim: the published identifier; it needs --base."),
@@ -262,6 +263,7 @@ def build_signatures(
         output=output or space.path(SIGNATURES),
         preset=preset or space.signatures.preset or "default",
         base=base or space.base,
+        model=model_of(space, model),
         samples=samples or space.signatures.samples,
         max_length=max_length or space.signatures.max_length,
         batch_size=batch_size or space.eval.batch_size or 32,

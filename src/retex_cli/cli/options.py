@@ -42,6 +42,10 @@ Signatures = Annotated[
     str | None,
     typer.Option("--signatures", metavar="FILE", help="The signatures. [default: signatures.safetensors]"),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODULE:NAME", help="Function that builds a model transformers cannot."),
+]
 DType = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="Store float32, bfloat16 or float16. [default: as the inputs are]"),

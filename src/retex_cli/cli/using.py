@@ -10,7 +10,7 @@ import typer
 from retex_cli.cli import options as shared
 from retex_cli.cli.output import How, note
 from retex_cli.cli.perform import perform, perform_all
-from retex_cli.cli.values import names, pairs, shares, size
+from retex_cli.cli.values import model_of, names, pairs, shares, size
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, PROTOCOLS, RECOVERED, SIGNATURES, Workspace
 
@@ -39,6 +39,7 @@ def recover(
     merged: shared.Merged = None,
     offsets: shared.Offsets = None,
     signatures: shared.Signatures = None,
+    model: shared.Model = None,
     dtype: shared.DType = None,
     max_shard_size: shared.ShardSize = None,
     device: shared.Device = "auto",
@@ -65,6 +66,7 @@ def recover(
     chosen = [task] if task or inputs or mix else _every_task(space, output)
     parts = shares(mix, "--mix")
     shard = size(max_shard_size or "5GB", "--max-shard-size")
+    function = model_of(space, model)
     from retex_cli.commands import recover as command
 
     configs = [
@@ -78,6 +80,7 @@ def recover(
             mix=parts,
             soft=soft,
             head=head,
+            model=function,
             dtype=dtype,
             max_shard_size=shard,
             device=device,
@@ -130,6 +133,7 @@ def evaluate(
         str | None, typer.Option("--logits", metavar="FILE", help="Keep every model's logits in this safetensors file.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
+    model: shared.Model = None,
     batch_size: shared.BatchSize = None,
     device: shared.Device = "auto",
     threads: shared.Threads = None,
@@ -161,6 +165,7 @@ def evaluate(
         experts=experts,
         tests=tests,
         base=base or space.base,
+        model=model_of(space, model),
         output=output,
         logits=logits,
         protocols=names(protocols) or space.eval.protocols or _possible(signatures),
@@ -184,6 +189,7 @@ def identify(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="A text, an image, or a file of inputs.")],
     merged: shared.Merged = None,
     signatures: shared.Signatures = None,
+    model: shared.Model = None,
     device: shared.Device = "auto",
     threads: shared.Threads = None,
     workspace: shared.Place = None,
@@ -208,6 +214,7 @@ def identify(
         merged=merged or space.path(MERGED),
         signatures=signatures or space.path(SIGNATURES),
         inputs=tuple(inputs),
+        model=model_of(space, model),
         device=device,
         threads=threads,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 from retex_cli.errors import UsageError
-from retex_cli.workspace import check_task_name
+from retex_cli.workspace import Workspace, check_task_name
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -19,6 +20,15 @@ def size(text: str, option: str) -> int:
     if int(number) < 1:
         raise UsageError(f"{option}: {text!r} is not a size", "write 5GB, 600MB, 512MiB or a number of bytes")
     return int(number)
+
+
+def model_of(space: Workspace, flag: str | None) -> str | None:
+    """The function that builds the network: the flag's, else the file's; a module beside the file can be imported."""
+    model = flag or space.model
+    folder = str(space.folder.resolve())
+    if model is not None and folder not in sys.path:
+        sys.path.insert(0, folder)
+    return model
 
 
 def pairs(items: Iterable[str] | None, option: str) -> dict[str, str]:

@@ -26,13 +26,14 @@ LEAST, MOST = 32, 256
 @dataclass(frozen=True)
 class BuildSignaturesConfig:
     """``inputs``: task -> file of unlabelled inputs. ``samples``: how many of each are read, the first ones; None for
-    all there are, up to 256. ``base`` is the encoder of the preset "sim"."""
+    all there are, up to 256. ``base`` is the encoder of the preset "sim". ``model``: see ``models.network.Network``."""
 
     merged: str
     inputs: Mapping[str, str]
     output: str
     preset: str = "default"
     base: str | None = None
+    model: str | None = None
     samples: int | None = None
     max_length: int | None = None
     batch_size: int = 32
@@ -124,7 +125,9 @@ def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
     """One forward pass an input, then a closed-form fit."""
     config = plan.config
     device = choose_device(config.device, progress)
-    encoder = encoder_of(plan.encoder, device, thread_count(config.threads), config.max_length)
+    encoder = encoder_of(
+        plan.encoder, device, thread_count(config.threads), model=config.model, max_length=config.max_length
+    )
     progress.start("reading features", sum(map(len, plan.inputs.values())))
     features = {task: encoder.features(examples, config.batch_size, progress) for task, examples in plan.inputs.items()}
     progress.start("fitting signatures", 1)

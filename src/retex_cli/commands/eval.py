@@ -27,8 +27,9 @@ from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, mean
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_digests
-from retex_cli.models.classifier import Classifier, label_names
+from retex_cli.models.classifier import classify
 from retex_cli.models.device import choose_device, has_fast_bf16
+from retex_cli.models.network import Network, label_names
 from retex_cli.offsets.predict import Predictor
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
@@ -41,7 +42,8 @@ NO_OFFSETS = ""
 class EvalConfig:
     """``tests``: task -> labelled file. ``output``: where the JSON goes besides the report. ``logits``: a safetensors
     file for every expert's, the merged and every recovered expert's (protocol K) logits, in the order of the tests.
-    ``fail_under``: see ``evaluation.gates``. ``base`` is needed only where an expert is a LoRA adapter."""
+    ``fail_under``: see ``evaluation.gates``. ``base`` is needed only where an expert is a LoRA adapter.
+    ``model``: see ``models.network.Network``."""
 
     merged: str
     offsets: str
@@ -49,6 +51,7 @@ class EvalConfig:
     tests: Mapping[str, str]
     signatures: str | None = None
     base: str | None = None
+    model: str | None = None
     output: str | None = None
     logits: str | None = None
     protocols: tuple[str, ...] = PROTOCOLS
@@ -125,21 +128,25 @@ class _Bench:
     plan: EvalPlan
     predictor: Predictor
     progress: Progress
-    models: dict[str, Classifier] = field(default_factory=dict)
+    models: dict[str, Network] = field(default_factory=dict)
 
     def recovered(self, head: str, encoder: str, rows: Sequence[Example]) -> Tensor:
         """Logits of task ``head``'s model on ``rows`` with the shared tensors of ``encoder``."""
         model = self.models[head]
         tensors = tensors_of(self.plan.file, head, self.predictor, None if encoder == head else encoder)
         model.load(dict(tensors), self.plan.config.offsets)
-        return model.logits(rows, self.plan.config.batch_size, self.progress)
+        return self._logits(model, rows)
 
     def expert(self, task: str) -> Tensor:
         """Logits of the expert itself."""
         checkpoint = self.plan.experts[task]
         model = self.models[task]
         model.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
-        return model.logits(self.plan.tests[task], self.plan.config.batch_size, self.progress)
+        return self._logits(model, self.plan.tests[task])
+
+    def _logits(self, model: Network, rows: Sequence[Example]) -> Tensor:
+        config = self.plan.config
+        return classify(model, rows, config.batch_size, thread_count(config.threads), self.progress)
 
     def answers(self, task: str, logits: Tensor) -> Answers:
         """Label names."""
@@ -156,7 +163,9 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
     tasks = list(plan.tests)
     identifier = None
     if config.signatures and set(config.protocols) - {"K"}:
-        identifier = Identifier.open(config.signatures, config.merged, config.device, progress, threads=config.threads)
+        identifier = Identifier.open(
+            config.signatures, config.merged, config.device, progress, model=config.model, threads=config.threads
+        )
         _check_tasks(plan, identifier)
     everyone = sorted({*tasks, *(identifier.tasks if identifier else ())})
     with ExitStack() as stack:
@@ -165,7 +174,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for name, content in plan.file.side_files(task).items():
                 (folder / name).write_bytes(content)
-            bench.models[task] = Classifier(folder, device, thread_count(config.threads))
+            bench.models[task] = Network(folder, device, model=config.model)
         logits = {task: _known(bench, task) for task in tasks}
         identified = _identify(bench, identifier) if identifier else {}
         answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]

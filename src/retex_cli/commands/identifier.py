@@ -17,6 +17,7 @@ from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_fingerprint
 from retex_cli.models.device import choose_device
 from retex_cli.models.encoder import Encoder
+from retex_cli.models.network import Network
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
 from retex_cli.signatures import Decisions, Signatures
@@ -71,15 +72,18 @@ def identifications(sources: Sequence[str], decisions: Decisions, tasks: Sequenc
     ]
 
 
-def encoder_of(checkpoint: Checkpoint, device: torch.device, threads: int, max_length: int | None) -> Encoder:
-    """The checkpoint as a model whose layers can be read. RetexError for a bare weight file."""
+def encoder_of(
+    checkpoint: Checkpoint, device: torch.device, threads: int, *, model: str | None, max_length: int | None
+) -> Encoder:
+    """The checkpoint as a network whose layers can be read. RetexError for a bare weight file."""
     if checkpoint.folder is None or checkpoint.config is None:
         raise RetexError(
             f"{checkpoint.reference}: no config.json beside the weights, so no model can be built",
             "merge into a folder: retex merge -o merged/",
         )
-    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return Encoder(checkpoint.folder, tensors, device, threads, max_length=max_length)
+    network = Network(checkpoint.folder, device, model=model, max_length=max_length)
+    network.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
+    return Encoder(network, threads)
 
 
 class Identifier:
@@ -99,10 +103,14 @@ class Identifier:
         device: str,
         progress: Progress,
         *,
+        model: str | None = None,
         threads: int | None = None,
         batch_size: int = 64,
     ) -> Self:
-        """Open a signature file and the encoder it names. RetexError when that is not the encoder it was built on."""
+        """Open a signature file and the encoder it names; ``model`` builds it as in ``Network``.
+
+        RetexError when that is not the encoder the file was built on.
+        """
         file = open_artefact(path, format=FORMAT, versions={VERSION})
         try:
             header = json.loads(file.metadata["features"])
@@ -119,7 +127,9 @@ class Identifier:
                 "give the checkpoint that the signatures were built on, or build them again",
             )
         signatures = Signatures.from_tensors({name: file.read(name) for name in file.tensors}, recipe)
-        encoder = encoder_of(checkpoint, choose_device(device, progress), thread_count(threads), max_length)
+        encoder = encoder_of(
+            checkpoint, choose_device(device, progress), thread_count(threads), model=model, max_length=max_length
+        )
         return cls(signatures, encoder, batch_size)
 
     def decide(self, examples: Sequence[Example], progress: Progress) -> Decisions:

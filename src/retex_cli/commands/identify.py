@@ -12,11 +12,12 @@ from retex_cli.progress import Progress
 
 @dataclass(frozen=True)
 class IdentifyConfig:
-    """``inputs``: files or folders of inputs."""
+    """``inputs``: files or folders of inputs. ``model``: see ``models.network.Network``."""
 
     merged: str
     signatures: str
     inputs: tuple[str, ...]
+    model: str | None = None
     device: str = "auto"
     threads: int | None = None
 
@@ -66,5 +67,7 @@ def plan(config: IdentifyConfig) -> IdentifyPlan:
 def run(plan: IdentifyPlan, progress: Progress) -> IdentifyReport:
     """One forward pass of the encoder an input."""
     config = plan.config
-    identifier = Identifier.open(config.signatures, config.merged, config.device, progress, threads=config.threads)
+    identifier = Identifier.open(
+        config.signatures, config.merged, config.device, progress, model=config.model, threads=config.threads
+    )
     return IdentifyReport(tuple(identifier.identify(config.inputs, progress)))

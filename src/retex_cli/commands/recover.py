@@ -36,7 +36,8 @@ class RecoverConfig:
     """Exactly one of ``task``, ``input`` (or task "auto" with inputs) and ``mix`` says which expert is meant.
 
     ``mix``: task -> weight, summing to one. ``head``: whose task tensors a mix gets. ``soft``: with identified inputs,
-    mix experts by how well they fit instead of taking the nearest.
+    mix experts by how well they fit instead of taking the nearest. ``model`` (see ``models.network.Network``) builds
+    the encoder that identifies; nothing else here runs a network.
     """
 
     merged: str
@@ -48,6 +49,7 @@ class RecoverConfig:
     mix: Mapping[str, float] | None = None
     soft: bool = False
     head: str | None = None
+    model: str | None = None
     dtype: str | None = None
     max_shard_size: int = 5_000_000_000
     device: str = "auto"
@@ -222,7 +224,7 @@ def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, Re
     config = plan.config
     if config.signatures is None:
         raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
-    identifier = Identifier.open(config.signatures, config.merged, config.device, progress)
+    identifier = Identifier.open(config.signatures, config.merged, config.device, progress, model=config.model)
     identified = identifier.identify_batch(config.input, progress)
     soft = config.soft or identified.unknown  # never a silent wrong expert
     if soft and not config.soft:

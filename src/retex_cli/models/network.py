@@ -1,0 +1,157 @@
+"""The network of a model folder: built, its weights exchanged in place, its inputs prepared, its answers read.
+
+transformers builds what the folder's ``config.json`` names; any other network is built by a function of the user's,
+named as ``package.module:function``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retex_cli.errors import RetexError, UsageError
+from retex_cli.io.inputs import Example
+from retex_cli.models.processor import Inputs, Processor
+
+
+class Network:
+    """The module that belongs to a folder with a ``config.json``, in eval mode on ``device``; ``load`` fills it.
+
+    ``model`` names the function that builds it, called with the parsed ``config.json``; None leaves it to
+    transformers. ``max_length`` cuts texts, in tokens. UsageError where ``model`` gives no module, RetexError where
+    transformers knows none.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, *, model: str | None = None, max_length: int | None = None
+    ) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        built = _from_transformers(folder) if model is None else _from_function(model, config, folder)
+        self.folder = folder
+        self.device = device
+        self.gives_hidden_states = model is None
+        self.labels = label_names(config)
+        self.module = built.to(device).eval()
+        self._processor = Processor(folder, max_length=max_length)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens per text; None for networks that read no text."""
+        return self._processor.max_length
+
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take these weights; see ``load_weights``."""
+        load_weights(self.module, tensors, source)
+
+    def inputs(self, examples: Sequence[Example]) -> Inputs:
+        """One padded batch on the network's device, by the names of ``forward``'s arguments."""
+        return {name: value.to(self.device) for name, value in self._processor(examples).items()}
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Float32 [n, classes] on the network's device. Gradients and precision are the caller's to decide.
+
+        RetexError where the network returns neither such a tensor nor an object with such ``logits``.
+        """
+        output = self.module(**inputs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise RetexError(
+                f"{self.folder}: {type(self.module).__name__} returns no logits [inputs, classes] but {found}",
+                "the network returns a tensor of logits, or an object with `logits`",
+            )
+        return logits.float()
+
+
+def label_names(config: Mapping[str, object]) -> tuple[str, ...]:
+    """The classes of a ``config.json`` in the order of the logits; transformers' own two where it names none."""
+    names = config.get("id2label")
+    if not isinstance(names, Mapping):
+        return ("LABEL_0", "LABEL_1")
+    return tuple(str(names[i]) for i in sorted(names, key=int))
+
+
+def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the module; only integer buffers and what shares memory with a given tensor may be missing.
+
+    A running mean left at its initial value gives wrong answers without a word, so floating buffers count as parameters
+    do. RetexError names the first tensor without a place, of another shape, or missing.
+    """
+    own, kind = module.state_dict(), type(module).__name__
+    for name, tensor in tensors.items():
+        if name not in own and tensor.is_floating_point():  # integers are buffers of other versions, position ids say
+            raise RetexError(f"{source}: tensor {name!r} has no place in {kind}")
+        if name in own and own[name].shape != tensor.shape:
+            raise RetexError(f"{source}: {name!r} is {list(tensor.shape)}, {kind} has it as {list(own[name].shape)}")
+    filled = {value.data_ptr() for name, value in own.items() if name in tensors}  # tied weights are one memory
+    for name, value in own.items():
+        if name not in tensors and value.is_floating_point() and value.data_ptr() not in filled:
+            raise RetexError(f"{source}: {kind} needs the tensor {name!r}, which is not there")
+    module.load_state_dict(dict(tensors), strict=False)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading into a fresh model is the plan here, not something to warn about."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _from_transformers(folder: Path) -> torch.nn.Module:
+    import transformers
+
+    file, hint = folder / "config.json", 'name a function that builds it: model = "module:function" under [model]'
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:
+        raise RetexError(f"{file}: not the config of a transformers model", hint) from error
+    for name in config.architectures or ():
+        if (architecture := getattr(transformers, name, None)) is not None:
+            with _quiet_transformers(), torch.device("cpu"):
+                module: torch.nn.Module = architecture(config)
+            return module
+    raise RetexError(f"{file}: 'architectures' names no class of transformers: {config.architectures}", hint)
+
+
+def _from_function(model: str, config: Mapping[str, object], folder: Path) -> torch.nn.Module:
+    try:
+        module = _function(model)(config)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"model {model!r} fails for {folder / 'config.json'}: {type(error).__name__}: {error}",
+            "it is called with the parsed config.json; --debug shows the traceback",
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"model {model!r} returns {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def _function(model: str) -> Callable[[Mapping[str, object]], object]:
+    """What ``package.module:function`` names. UsageError says which part of it is not there."""
+    place, _, name = model.partition(":")
+    if not place or not name:
+        raise UsageError(f"model {model!r} names no function", 'write it as "package.module:function"')
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:
+        hint = f"{place.replace('.', '/')}.py beside retex.toml, or in an installed package"
+        raise UsageError(f"model {model!r}: cannot import {place}: {type(error).__name__}: {error}", hint) from error
+    function: Callable[[Mapping[str, object]], object] | None = getattr(module, name, None)
+    if function is None or not callable(function):
+        found = "is not a function" if function is not None else "is not there"
+        raise UsageError(f"model {model!r}: {name} {found} in {module.__file__ or place}")
+    return function

@@ -1,0 +1,150 @@
+"""Networks of transformers and of the user's own: built, filled whole or refused, asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from retex_cli.errors import RetexError, UsageError
+from retex_cli.io.inputs import Example
+from retex_cli.models.network import Network, load_weights
+
+CPU = torch.device("cpu")
+MODULE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        self.head = torch.nn.Linear(4, classes)
+
+    def forward(self, pixel_values):
+        return self.head(self.blocks(pixel_values / 255).mean((2, 3)))
+
+def build(config):
+    return Net(len(config["id2label"]))
+
+def count(config):
+    return 7
+
+def fail(config):
+    raise KeyError("width")
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A config of three labels; the module ``own_network`` can be imported."""
+    (tmp_path / "own_network.py").write_text(MODULE)
+    (tmp_path / "broken_network.py").write_text("import torch\ndef (\n")
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog", "2": "eel"}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_network", None)
+
+
+def examples() -> list[Example]:
+    images = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return [Example(tensors={"pixel_values": image}) for image in images]
+
+
+def test_a_network_of_the_users_own_is_built_from_its_config_and_called_by_name(folder: Path) -> None:
+    network = Network(folder, CPU, model="own_network:build")
+    assert network.labels == ("cat", "dog", "eel")
+    assert not network.module.training
+    assert network.max_length is None
+    inputs = network.inputs(examples())
+    assert inputs["pixel_values"].dtype == torch.uint8
+    weights = {name: torch.randn(value.shape) for name, value in network.module.state_dict().items() if value.ndim}
+    weights["blocks.1.running_var"].abs_()
+    network.load(weights, "here")
+    logits = network.logits(inputs)
+    assert (logits.dtype, logits.shape) == (torch.float32, (2, 3))
+    features = network.module.blocks(inputs["pixel_values"] / 255).mean((2, 3))
+    torch.testing.assert_close(logits, features @ weights["head.weight"].T + weights["head.bias"])
+    assert logits.requires_grad, "gradients are the caller's to switch off"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_such_module:build", "cannot import no_such_module"),
+        ("broken_network:build", "cannot import broken_network: SyntaxError"),
+        ("own_network:missing", "missing is not there"),
+        ("own_network:constant", "constant is not a function"),
+        ("own_network:count", "returns int, not a torch.nn.Module"),
+        ("own_network:fail", "KeyError: 'width'"),
+        ("own_network", "names no function"),
+    ],
+)
+def test_a_function_that_gives_no_network_is_wrong_usage(folder: Path, model: str, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Network(folder, CPU, model=model)
+    assert message in raised.value.message
+    assert model in raised.value.message
+
+
+def test_a_config_that_transformers_cannot_build_points_to_the_model_line(folder: Path) -> None:
+    with pytest.raises(RetexError, match=r"config\.json") as raised:
+        Network(folder, CPU)
+    assert raised.value.hint is not None
+    assert "model =" in raised.value.hint
+
+
+def test_running_statistics_are_never_silently_missing(folder: Path) -> None:
+    network = Network(folder, CPU, model="own_network:build")
+    weights = network.module.state_dict()
+    network.load({name: value for name, value in weights.items() if "num_batches" not in name}, "here")
+    with pytest.raises(RetexError, match=r"here: Net needs the tensor 'blocks\.1\.running_mean'"):
+        network.load({name: value for name, value in weights.items() if "running_mean" not in name}, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": torch.ones(2)}, "here: tensor 'extra' has no place in Net"),
+        ({"head.bias": torch.ones(4)}, r"here: 'head.bias' is \[4\], Net has it as \[3\]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused(folder: Path, change: Mapping[str, torch.Tensor], message: str) -> None:
+    network = Network(folder, CPU, model="own_network:build")
+    before = network.module.head.weight.clone()
+    weights = {**network.module.state_dict(), "head.weight": before + 1, **change}
+    with pytest.raises(RetexError, match=message):
+        network.load(weights, "here")
+    assert torch.equal(network.module.head.weight, before), "a refused load changes nothing"
+
+
+def test_integers_without_a_place_are_left_out(folder: Path) -> None:
+    network = Network(folder, CPU, model="own_network:build")
+    network.load({**network.module.state_dict(), "position_ids": torch.arange(4)}, "here")
+
+
+@pytest.mark.parametrize("given", ["transformer.wte.weight", "lm_head.weight"])
+def test_tied_weights_may_stand_under_either_name(given: str) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    weights = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        if name != given:
+            del weights[name]
+    load_weights(model, weights, "here")
+    assert torch.equal(model.lm_head.weight, weights[given])
+    assert torch.equal(model.transformer.wte.weight, weights[given])
+
+
+def test_logits_of_the_wrong_kind_are_refused(folder: Path) -> None:
+    network = Network(folder, CPU, model="own_network:build")
+    network.module.head = torch.nn.Identity()
+    network.module.forward = lambda pixel_values: {"answer": pixel_values}
+    with pytest.raises(RetexError, match=r"no logits \[inputs, classes\] but dict"):
+        network.logits(network.inputs(examples()))
