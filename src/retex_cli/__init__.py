@@ -94,7 +94,6 @@ def merge(
     is "package.module:function" for networks that transformers does not build.
     """
     from retex_cli.commands import merge as command
-    from retex_cli.commands.merge_inputs import InputsConfig
 
     config = command.MergeConfig(
         base=base,
@@ -108,7 +107,12 @@ def merge(
         max_memory=max_memory,
         allow_missing=tuple(allow_missing),
         allow_unrelated=allow_unrelated,
-        data=InputsConfig(inputs or {}, validation or {}, samples, batchnorm, model, batch_size),
+        inputs=inputs or {},
+        validation=validation or {},
+        samples=samples,
+        batchnorm=batchnorm,
+        model=model,
+        batch_size=batch_size,
         device=device,
         threads=threads,
         seed=seed,

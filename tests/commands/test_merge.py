@@ -169,11 +169,12 @@ def test_hub_references_become_tags_of_the_model_card(family: dict[str, str], tm
     from dataclasses import replace
 
     from retex_cli.commands.merge import _recipe
+    from retex_cli.commands.merge_inputs import Prepared
     from retex_cli.commands.merge_report import model_card
 
     made = plan(config(family, tmp_path / "merged"))
     made.base.reference = "org/base@v1"
-    card = model_card(_recipe(replace(made), None), "merged")
+    card = model_card(_recipe(replace(made), Prepared(made.steps, {}), None), "merged")
     assert "base_model:\n- org/base\n" in card
     assert "base_model_relation: merge" in card
 
@@ -335,8 +336,8 @@ def test_an_adapter_is_merged_as_the_expert_that_it_makes_of_the_base(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_on_files_or_says_what_it_lacks(method: str, family: dict[str, str], tmp_path: Path) -> None:
     """Two prefixed experts with an integer buffer left out: loaded again, every tensor is finite and as the base's."""
-    if METHODS[method].needs == "inputs":
-        with pytest.raises(UsageError, match=f"method '{method}' needs statistics of every task's inputs"):
+    if METHODS[method].needs_inputs:
+        with pytest.raises(UsageError, match="task 'cars' has no inputs"):
             plan(config(family, tmp_path / "m.safetensors", method=method))
         return
     run(plan(config(family, tmp_path / "m.safetensors", method=method)))

@@ -102,16 +102,7 @@ def merge(
     given = pairs(expert, "--expert")
     start, experts = space.need_base(base), space.with_experts(given)
     from retex_cli.commands import merge as command
-    from retex_cli.commands.merge_inputs import InputsConfig
 
-    data = InputsConfig(
-        inputs=space.field("inputs", pairs(inputs, "--inputs")),
-        validation=space.field("validation", pairs(validation, "--validation")),
-        samples=samples or space.merge.samples,
-        batchnorm=batchnorm or space.merge.batchnorm or "average",
-        model=model or space.model,
-        batch_size=batch_size or space.eval.batch_size or 32,
-    )
     config = command.MergeConfig(
         base=start,
         experts=experts,
@@ -124,7 +115,12 @@ def merge(
         max_memory=memory,
         allow_missing=(*space.merge.allow_missing, *(allow_missing or ())),
         allow_unrelated=allow_unrelated,
-        data=data,
+        inputs=space.field("inputs", pairs(inputs, "--inputs")),
+        validation=space.field("validation", pairs(validation, "--validation")),
+        samples=samples or space.merge.samples,
+        batchnorm=batchnorm or space.merge.batchnorm or "average",
+        model=model or space.model,
+        batch_size=batch_size or space.eval.batch_size or 32,
         device=device,
         threads=threads,
         seed=seed,

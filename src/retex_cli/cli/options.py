@@ -57,10 +57,6 @@ AllowMissing = Annotated[
     list[str] | None,
     typer.Option("--allow-missing", metavar="GLOB", help="Base parameters that an expert may lack. Repeat; recorded."),
 ]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODULE:NAME", help="Function that builds a model transformers cannot."),
-]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Inputs per forward pass.")]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from retex_cli.commands.expert_models import ExpertModels
-from retex_cli.commands.merge_inputs import InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
+from retex_cli.commands.merge_inputs import AVERAGE, InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
 from retex_cli.commands.merge_plan import Recipe, Stored, account_for, check_accounts, config_with_dtype, placeholder
 from retex_cli.commands.merge_report import MergeReport, model_card
 from retex_cli.errors import RetexError, UsageError
@@ -40,8 +40,9 @@ class MergeConfig:
 
     ``experts`` maps task names to references (file, folder, Hub id or LoRA adapter). ``options`` are the method's,
     ``overrides`` maps globs over the base's tensor names to options that differ there. ``max_memory`` bounds the bytes
-    of the tensors held at once. ``data`` says what may be measured on inputs. ``allow_missing`` are globs of base parameters that an expert may lack,
-    ``allow_unrelated`` lets experts through that were not tuned from this base.
+    of the tensors held at once. ``allow_missing`` are globs of base parameters that an expert may lack,
+    ``allow_unrelated`` lets experts through that were not tuned from this base. ``inputs`` and ``validation`` map task
+    names to files, for merges that measure on them (``samples`` inputs of a task; see ``commands.merge_inputs``).
     """
 
     base: str
@@ -55,7 +56,12 @@ class MergeConfig:
     max_memory: int | None = None
     allow_missing: tuple[str, ...] = ()
     allow_unrelated: bool = False
-    data: InputsConfig = field(default_factory=InputsConfig)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, str] = field(default_factory=dict)
+    samples: int | None = None
+    batchnorm: str = AVERAGE
+    model: str | None = None
+    batch_size: int = 32
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -111,7 +117,8 @@ def plan(config: MergeConfig) -> MergePlan:
     steps = tuple(_step(config, method, base, experts, alignments, spec) for spec in specs)
     merged = [step.view.name for step in steps if isinstance(step, Merge)]
     _check_overrides(config, method, merged)
-    data = plan_inputs(config.data, method, list(experts), config.options, config.overrides, merged)
+    wanted = InputsConfig(config.inputs, config.validation, config.samples, config.batchnorm, config.batch_size)
+    data = plan_inputs(wanted, method, list(experts), config.options, config.overrides, merged)
     inputs = [path for checkpoint in (base, *experts.values()) for path in checkpoint.files]
     output.check(config.overwrite, inputs, sum(spec.nbytes for spec in specs))
     room = _budget(config, method, steps)
@@ -244,7 +251,7 @@ def _prepare(plan: MergePlan, stack: ExitStack, progress: Progress) -> Prepared:
     if plan.inputs.idle:
         return Prepared(plan.steps, {})
     config = plan.config
-    models = ExpertModels(plan.experts, plan.alignments, _device(config.device), config.data.model)
+    models = ExpertModels(plan.experts, plan.alignments, _device(config.device), config.model)
     threads = thread_count(config.threads)
     return prepare(plan.inputs, plan.steps, models, stack, threads=threads, budget=plan.budget, progress=progress)
 
@@ -307,9 +314,7 @@ def _recipe(plan: MergePlan, prepared: Prepared, hashes: Mapping[Path, str] | No
     )
 
 
-def _sign(
-    plan: MergePlan, prepared: Prepared, writer: Writer, recipe: Recipe, hashes: Mapping[Path, str]
-) -> Recipe:
+def _sign(plan: MergePlan, prepared: Prepared, writer: Writer, recipe: Recipe, hashes: Mapping[Path, str]) -> Recipe:
     """Put the digests into the headers and the model card beside the weights."""
     for path, digest in hashes.items():
         writer.patch(recipe.hashes[path], digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,15 +33,13 @@ USUAL_SAMPLES = 256
 @dataclass(frozen=True)
 class InputsConfig:
     """``inputs`` and ``validation``: task -> file. ``samples``: inputs of a task that are measured on, the method's
-    usual number by default. ``batchnorm``: see ``BATCHNORM``. ``model``: "package.module:function" for networks that
-    transformers does not build."""
+    usual number by default. ``batchnorm``: one of ``BATCHNORM``."""
 
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    validation: Mapping[str, str] = field(default_factory=dict)
-    samples: int | None = None
-    batchnorm: str = AVERAGE
-    model: str | None = None
-    batch_size: int = 32
+    inputs: Mapping[str, str]
+    validation: Mapping[str, str]
+    samples: int | None
+    batchnorm: str
+    batch_size: int
 
 
 @dataclass(frozen=True)

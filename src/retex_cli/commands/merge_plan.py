@@ -131,8 +131,9 @@ class Recipe:
     hashes: Mapping[Path, str]
 
     def to_json(self) -> dict[str, object]:
-        """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}`` and
-        what was let through and what was measured on inputs; each input as ``{"reference", "revision", "files": {file name: SHA-256}}``.
+        """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}``, what
+        was let through and what was measured on inputs; each input as ``{"reference", "revision", "files": {file name:
+        SHA-256}}``.
         """
         return {
             "command": "merge",

@@ -138,11 +138,11 @@ def choose_scale(
 ) -> Scale:
     """Merge at 0 and at 1, try the scales between and beyond, and take the best."""
     progress.start("merging at alpha 0 and 1", 2)
-    ends = []
-    for alpha in (0.0, 1.0):
-        ends.append(merge_steps(method, at_scale(steps, alpha), threads=threads, budget=budget))
-        progress.advance()
-    search = _Search(word, models, inputs, *ends, batch_size, threads, progress)
+    zero = merge_steps(method, at_scale(steps, 0.0), threads=threads, budget=budget)
+    progress.advance()
+    one = merge_steps(method, at_scale(steps, 1.0), threads=threads, budget=budget)
+    progress.advance()
+    search = _Search(word, models, inputs, zero, one, batch_size, threads, progress)
     progress.start("choosing alpha", (len(GRID) + 2) * len(models.experts))
     scores = search.scores(GRID)
     place = GRID.index(_best(scores))
