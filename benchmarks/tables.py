@@ -79,24 +79,52 @@ def _budgets(suite: str) -> str:
     return text + "\n" + _source(name, result) + "\n"
 
 
-def _memory() -> str:
-    """Merging a base and eight experts of 124 M fp32 parameters: time and anonymous memory per method."""
-    name = "merge_memory"
+def _speed() -> str:
+    """Every merge method: time and anonymous memory, beside mergekit's where it has the method."""
+    name = "merge_speed"
     result = _load(name)
     if result is None:
         return ""
-    text = f"**Merging** {result['what']}, whole process, beside a plain copy of the same bytes:\n\n"
-    text += _row(["method", "wall s", "CPU s", "peak anonymous MB", "wall / copy"]) + "|---" * 5 + "|\n"
-    copy, methods = result["copy_s"], result["methods"]
-    assert isinstance(copy, float)
+    methods, peer = result["methods"], result["mergekit"]
     assert isinstance(methods, dict)
-    for method, entry in methods.items():
-        wall = entry["wall_s"]
-        text += _row([method, f"{wall:.1f}", f"{entry['cpu_s']:.1f}", f"{entry['anon_mb']:.0f}", f"{wall / copy:.1f}"])
-    return text + f"\nThe copy took {copy:.1f} s.\n\n" + _source(name, result) + "\n"
+    assert isinstance(peer, dict)
+    text = (
+        f"**Merging** {result['what']}: whole processes in turn on the same files, which lie in memory; retex beside "
+        f"mergekit {peer['mergekit']} (a dash: it has no such method). A plain copy of the files takes "
+        f"{result['copy_s']:.1f} s.\n\n"
+    )
+    text += _row(
+        ["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"]
+    )
+    text += "|---" * 8 + "|\n"
+    for method, sides in methods.items():
+        ours, theirs = sides["retex"], sides.get("mergekit")
+        cells = [method, f"{ours['wall_s']:.1f}"]
+        cells += [f"{theirs['wall_s']:.1f}", f"{theirs['wall_s'] / ours['wall_s']:.1f}"] if theirs else ["-", "-"]
+        cells += [f"{ours['cpu_s']:.1f}", f"{theirs['cpu_s']:.1f}" if theirs else "-"]
+        cells += [f"{ours['anon_mb']:.0f}", f"{theirs['anon_mb']:.0f}" if theirs else "-"]
+        text += _row(cells)
+    return text + "\n" + _source(name, result) + "\n" + _flatness(result)
+
+
+def _flatness(result: dict[str, object]) -> str:
+    """The memory of merging by the number of layers, and by the budget that is given."""
+    layers, budgets = result["layers"], result["max_memory"]
+    assert isinstance(layers, dict)
+    assert isinstance(budgets, dict)
+    counts = list(next(iter(layers.values())))
+    text = "Peak anonymous MB of the same models with more layers:\n\n"
+    text += _row(["method", *(f"{count} layers" for count in counts)]) + "|---" * (len(counts) + 1) + "|\n"
+    for method, held in layers.items():
+        text += _row([method, *(f"{megabytes:.0f}" for megabytes in held.values())])
+    text += "\n`--max-memory`, and what is held beyond a process that only plans the merge:\n\n"
+    text += _row(["method", "budget MB: held MB"]) + "|---" * 2 + "|\n"
+    for method, held in budgets.items():
+        text += _row([method, ", ".join(f"{budget}: {megabytes:.0f}" for budget, megabytes in held.items())])
+    return text + "\n"
 
 
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
-    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _memory()]
+    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _speed()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"
