@@ -8,16 +8,19 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def _load(name: str) -> dict[str, object] | None:
+def load(name: str) -> dict[str, object] | None:
+    """``results/NAME.json``, or None where it was not measured yet."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _percent(value: object) -> str:
+def percent(value: object) -> str:
+    """A share in percent, two digits."""
     return f"{100 * value:.2f}" if isinstance(value, float) else "-"
 
 
-def _source(name: str, result: dict[str, object]) -> str:
+def source(name: str, result: dict[str, object]) -> str:
+    """Where a table comes from."""
     made = result["provenance"]
     assert isinstance(made, dict)
     return (
@@ -26,14 +29,15 @@ def _source(name: str, result: dict[str, object]) -> str:
     )
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
+    """One line of a Markdown table."""
     return "| " + " | ".join(cells) + " |\n"
 
 
 def _demo(suite: str) -> str:
     """Accuracies of one suite at the default budget, all protocols."""
     name = f"eval-{suite}"
-    result = _load(name)
+    result = load(name)
     if result is None:
         return ""
     tasks, mean = result["tasks"], result["mean"]
@@ -44,45 +48,45 @@ def _demo(suite: str) -> str:
         f"offsets of {result['budget']} of an expert, {result['samples']} reference inputs. Accuracy in percent; "
         "K: task known, E: encoder identified, H: encoder and head identified.\n\n"
     )
-    text += _row(["task", "expert", "merged alone", "K", "E", "H", "K / expert", "task found", "offsets"])
+    text += row(["task", "expert", "merged alone", "K", "E", "H", "K / expert", "task found", "offsets"])
     text += "|---" * 9 + "|\n"
     for task, entry in tasks.items():
-        recovered = [_percent(entry["recovered"][p]) for p in "KEH"]
-        known = [_percent(entry["normalised"]["K"]), _percent(entry["identified"]), f"{entry['offset_bytes']:,} B"]
-        text += _row([task, _percent(entry["expert"]), _percent(entry["merged"]), *recovered, *known])
-    recovered = [_percent(mean["recovered"][p]) for p in "KEH"]
-    known = [_percent(mean["normalised"]["K"]), _percent(mean["identified"]), ""]
-    text += _row(["mean", _percent(mean["expert"]), _percent(mean["merged"]), *recovered, *known])
+        recovered = [percent(entry["recovered"][p]) for p in "KEH"]
+        known = [percent(entry["normalised"]["K"]), percent(entry["identified"]), f"{entry['offset_bytes']:,} B"]
+        text += row([task, percent(entry["expert"]), percent(entry["merged"]), *recovered, *known])
+    recovered = [percent(mean["recovered"][p]) for p in "KEH"]
+    known = [percent(mean["normalised"]["K"]), percent(mean["identified"]), ""]
+    text += row(["mean", percent(mean["expert"]), percent(mean["merged"]), *recovered, *known])
     worst, files = mean["worst"], result["files"]
     assert isinstance(files, dict)
     text += (
-        f"\nWorst task under K: {_percent(worst['K'])} % of its expert (merged alone: {_percent(worst['merged'])} %). "
+        f"\nWorst task under K: {percent(worst['K'])} % of its expert (merged alone: {percent(worst['merged'])} %). "
         f"All files: {sum(files.values()):,} bytes, against {sum(e['expert_bytes'] for e in tasks.values()):,} for the "
         "experts.\n\n"
     )
-    return text + _source(name, result) + "\n"
+    return text + source(name, result) + "\n"
 
 
 def _budgets(suite: str) -> str:
     name = f"budgets-{suite}"
-    result = _load(name)
+    result = load(name)
     if result is None:
         return ""
     rows = result["rows"]
     assert isinstance(rows, list)
     text = f"**{suite}**, protocol K at several budgets (share of the experts' accuracy, percent):\n\n"
-    text += _row(["budget", "mean", "worst task", "agreement with the expert", "merged alone"]) + "|---" * 5 + "|\n"
-    for row in rows:
-        mean = row["mean"]
+    text += row(["budget", "mean", "worst task", "agreement with the expert", "merged alone"]) + "|---" * 5 + "|\n"
+    for entry in rows:
+        mean = entry["mean"]
         cells = [mean["normalised"]["K"], mean["worst"]["K"], mean["agreement"]["K"], mean["normalised"]["merged"]]
-        text += _row([row["budget"], *map(_percent, cells)])
-    return text + "\n" + _source(name, result) + "\n"
+        text += row([entry["budget"], *map(percent, cells)])
+    return text + "\n" + source(name, result) + "\n"
 
 
 def _speed() -> str:
     """Every merge method: time and anonymous memory, beside mergekit's where it has the method."""
     name = "merge_speed"
-    result = _load(name)
+    result = load(name)
     if result is None:
         return ""
     methods, peer = result["methods"], result["mergekit"]
@@ -93,9 +97,7 @@ def _speed() -> str:
         f"mergekit {peer['mergekit']} (a dash: it has no such method). A plain copy of the files takes "
         f"{result['copy_s']:.1f} s.\n\n"
     )
-    text += _row(
-        ["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"]
-    )
+    text += row(["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"])
     text += "|---" * 8 + "|\n"
     for method, sides in methods.items():
         ours, theirs = sides["retex"], sides.get("mergekit")
@@ -103,8 +105,8 @@ def _speed() -> str:
         cells += [f"{theirs['wall_s']:.1f}", f"{theirs['wall_s'] / ours['wall_s']:.1f}"] if theirs else ["-", "-"]
         cells += [f"{ours['cpu_s']:.1f}", f"{theirs['cpu_s']:.1f}" if theirs else "-"]
         cells += [f"{ours['anon_mb']:.0f}", f"{theirs['anon_mb']:.0f}" if theirs else "-"]
-        text += _row(cells)
-    return text + "\n" + _source(name, result) + "\n" + _flatness(result)
+        text += row(cells)
+    return text + "\n" + source(name, result) + "\n" + _flatness(result)
 
 
 def _flatness(result: dict[str, object]) -> str:
@@ -114,13 +116,13 @@ def _flatness(result: dict[str, object]) -> str:
     assert isinstance(budgets, dict)
     counts = list(next(iter(layers.values())))
     text = "Peak anonymous MB of the same models with more layers:\n\n"
-    text += _row(["method", *(f"{count} layers" for count in counts)]) + "|---" * (len(counts) + 1) + "|\n"
+    text += row(["method", *(f"{count} layers" for count in counts)]) + "|---" * (len(counts) + 1) + "|\n"
     for method, held in layers.items():
-        text += _row([method, *(f"{megabytes:.0f}" for megabytes in held.values())])
+        text += row([method, *(f"{megabytes:.0f}" for megabytes in held.values())])
     text += "\n`--max-memory`, and what is held beyond a process that only plans the merge:\n\n"
-    text += _row(["method", "budget MB: held MB"]) + "|---" * 2 + "|\n"
+    text += row(["method", "budget MB: held MB"]) + "|---" * 2 + "|\n"
     for method, held in budgets.items():
-        text += _row([method, ", ".join(f"{budget}: {megabytes:.0f}" for budget, megabytes in held.items())])
+        text += row([method, ", ".join(f"{budget}: {megabytes:.0f}" for budget, megabytes in held.items())])
     return text + "\n"
 
 

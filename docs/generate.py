@@ -15,9 +15,10 @@ from typing import Protocol, cast
 from typer.main import get_command
 
 from retex_cli.cli.app import app
-from retex_cli.merging.table import METHODS, Method
+from retex_cli.merging.table import METHODS, MODIFIERS, Method
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 MEASURED = ("<!-- measured: written by `make docs` from benchmarks/results/ -->\n", "<!-- /measured -->")
 
 _HEAD = """\
@@ -107,8 +108,22 @@ _METHODS = """\
 `retex.toml`; what is left out gets the paper's default, printed. For parameters whose names match a glob:
 `--set '*.bias:density=1'`, or `[merge.override."*.bias"]`.
 
+`--alpha auto` chooses the scale without labels: two merges, at 0 and at 1, give the merge at every scale, and the one
+whose answers agree best with the experts' on a held-out quarter of every task's `inputs` is taken. `--alpha validation`
+chooses it on the labelled rows that `validation` names. The recipe records which, and every scale that was tried.
+Methods that need inputs read them through each task's own expert; convolutions count as `d_out x rest`, and matrices
+without statistics (embeddings, grouped convolutions) are merged without. Running statistics of a BatchNorm are
+averaged, or measured again on the inputs of all tasks: `--batchnorm measure`.
+
 | method | what it does | options (default) | at once in memory | needs |
 |---|---|---|---|---|
+"""
+
+_MODIFIERS = """
+Every method takes these as well:
+
+| option (default) | what it does |
+|---|---|
 """
 
 _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor": "one tensor of every expert"}
@@ -121,7 +136,6 @@ def pages() -> dict[str, str]:
 
 def readme() -> str:
     """The README with its measured part written anew."""
-    sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
     from tables import readme_tables
 
     text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
@@ -130,13 +144,18 @@ def readme() -> str:
 
 
 def methods_page() -> str:
-    """One row per method."""
-    return _METHODS + "".join(_method(method) for method in METHODS.values())
+    """One row per method, what was measured, and what was found."""
+    from method_tables import methods_tables
+
+    text = _METHODS + "".join(_method(method) for method in METHODS.values()) + _MODIFIERS
+    text += "".join(f"| `{o.name}` ({o.default}) | {o.help} |\n" for o in MODIFIERS)
+    return text + methods_tables() + "\n" + (FOLDER / "findings.md").read_text(encoding="utf-8")
 
 
 def _method(method: Method) -> str:
     options = "<br>".join(f"`{o.name}` ({o.default}): {o.help}" for o in method.options)
-    cells = (f"[{method.name}]({method.link})", method.title, options, _MEMORY[method.granularity], method.needs)
+    needs = f"{method.samples} inputs a task" if method.needs_inputs else method.needs
+    cells = (f"[{method.name}]({method.link})", method.title, options, _MEMORY[method.granularity], needs)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
