@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.engine import Merge, stream
-from retex_cli.merging.table import find_method, options_for
+from retex_cli.merging.table import check_tasks, find_method, options_for
 from retex_cli.merging.view import View
 
 
@@ -62,6 +62,7 @@ def merge_tensors(
     ``RetexError`` for a NaN or infinity.
     """
     row, tasks = find_method(method), sorted(experts)
+    check_tasks(row, (options or {}, *(overrides or {}).values()), tasks)
     sink = _Collected()
     steps = [
         Merge(
