@@ -97,13 +97,18 @@ def check_tasks(method: Method, given: Iterable[Mapping[str, object]], tasks: Co
             )
 
 
+def overridden(name: str, pattern: str) -> bool:
+    """Whether an override is meant for a tensor: its glob matches, or it is the name itself."""
+    return name == pattern or (any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern))
+
+
 def options_for(
     method: Method, name: str, options: Mapping[str, object], overrides: Mapping[str, Mapping[str, object]]
 ) -> dict[str, Value]:
     """The options with which tensor ``name`` is merged: overrides whose glob matches it apply in the order given."""
     given = dict(options)
     for pattern, extra in overrides.items():
-        if fnmatch.fnmatchcase(name, pattern):
+        if overridden(name, pattern):
             given.update(extra)
     return method.resolve(given)
 
