@@ -25,7 +25,7 @@ def methods_tables() -> str:
 
 _HEAD = """\
 Accuracy of the merged checkpoint alone, each task with its own head: share of the experts' own accuracy in percent,
-mean over tasks and worst task. `auto` chose alpha by agreement with the experts on 64 unlabelled held-out inputs a task.
+mean over tasks and worst task. `auto` chose alpha by agreement with the experts on 64 unlabelled held-out inputs.
 """
 
 

@@ -226,9 +226,11 @@ class _Reader:
         }
 
     def _option(self, key: str, value: object) -> object:
-        if isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and value):
+        numbers = value.values() if isinstance(value, dict) else ()
+        by_task = bool(numbers) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+        if by_task or isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and value):
             return value
-        raise self._wrong(key, "a number, a string, true or false, or a list of those", value)
+        raise self._wrong(key, "a number, a string, true or false, a list of those, or a table of tasks", value)
 
     def _task(self, name: str) -> TaskEntry:
         check_task_name(name, f"{self.file}: tasks")

@@ -10,7 +10,7 @@ from retex_cli.merging.masks import drop_, hashed, keys
 
 
 def mask(density: float, n: int, tasks: tuple[str, ...] = ("a", "b"), seed: int = 0, start: int = 0) -> torch.Tensor:
-    return drop_(torch.ones(len(tasks), n), density, keys(seed, "w", tasks), start)
+    return drop_(torch.ones(len(tasks), n), [density] * len(tasks), keys(seed, "w", tasks), start)
 
 
 def test_the_share_that_is_kept_is_the_density() -> None:

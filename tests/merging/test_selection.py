@@ -78,7 +78,7 @@ def test_several_ranks_of_values_of_both_signs(kind: str) -> None:
     signed = Population(lambda view: ("value",), lambda view, base, experts: experts.sub_(base))
     ordered = tau.sort(descending=True).values
     for room in (1 << 24, 10):
-        found = order_statistics([replace(view_of(tau), room=room)], lambda n: (1, n // 3, 0, n), signed)["value"]
+        found = order_statistics([replace(view_of(tau), room=room)], lambda _, n: (1, n // 3, 0, n), signed)["value"]
         assert found == (ordered[0], ordered[280_000 // 3 - 1], float("inf"), ordered[-1])
 
 

@@ -50,15 +50,12 @@ def test_a_value_that_cannot_be_meant_is_refused(option: str, value: object) -> 
 
 
 def test_forgotten_options_get_the_papers_defaults_and_text_becomes_numbers() -> None:
-    assert METHODS["ties"].resolve({"density": "0.3"}) == {"density": 0.3, "alpha": 1.0, "scope": "global"}
+    resolved = METHODS["pcb"].resolve({"density": "0.3"})
+    assert resolved == {"density": 0.3, "alpha": 1.0}
 
 
 def test_overrides_apply_by_glob_in_the_order_given() -> None:
     overrides = {"*.attention.*": {"density": 0.5, "alpha": 2}, "*.bias": {"density": 1}}
-    find = METHODS["ties"]
-    assert options_for(find, "layer.0.attention.q.bias", {}, overrides) == {
-        "density": 1.0,
-        "alpha": 2.0,
-        "scope": "global",
-    }
+    find = METHODS["pcb"]
+    assert options_for(find, "layer.0.attention.q.bias", {}, overrides) == {"density": 1.0, "alpha": 2.0}
     assert options_for(find, "layer.0.mlp.weight", {"alpha": 3}, overrides)["alpha"] == 3.0

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retex_cli.cli import options as shared
 from retex_cli.cli.output import How, note
 from retex_cli.cli.perform import perform
-from retex_cli.cli.values import model_of, pairs, scalar, settings, size
+from retex_cli.cli.values import model_of, pairs, per_task, scalar, settings, size
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, SIGNATURES, MergeSection, Workspace
+
+if TYPE_CHECKING:
+    from retex_cli.commands.merge import MergeConfig
 
 Overrides = dict[str, dict[str, object]]
 
@@ -21,6 +25,10 @@ Overrides = dict[str, dict[str, object]]
 def merge(
     base: shared.Base = None,
     expert: shared.Experts = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="A mergekit YAML file: base, experts, method and options."),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option("--method", metavar="NAME", help="How to merge; docs/methods.md lists all. [default: average]"),
@@ -29,7 +37,14 @@ def merge(
         str | None, typer.Option("--scope", metavar="tensor|global", help="Where ties takes its top-k.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option("--density", metavar="SHARE", help="Share of each task vector that is kept.")
+        list[str] | None,
+        typer.Option(
+            "--density", metavar="[TASK=]SHARE", help="Share of each task vector that is kept. Repeat for tasks."
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", metavar="[TASK=]W", help="Factor on each task vector. Repeat for tasks."),
     ] = None,
     alpha: Annotated[
         str | None,
@@ -91,19 +106,30 @@ def merge(
     \b
     retex merge --method ties
     retex merge --base org/base --expert cars=org/base-cars --expert dtd=dtd/ -o merged/
+    retex merge --config mergekit.yml -o merged/
     """
     how = How(dry_run, quiet, as_json, streams=output == "-")
     space = Workspace.load(workspace)
-    flags: dict[str, object] = {"scope": scope, "density": density, "alpha": None if alpha is None else scalar(alpha)}
+    flags: dict[str, object] = {
+        "scope": scope,
+        "density": per_task(density, "--density"),
+        "weight": per_task(weight, "--weight"),
+        "alpha": None if alpha is None else scalar(alpha),
+    }
     common, by_glob = settings(setting, "--set")
-    chosen, options, overrides = method_options(space.merge, method, {**flags, **common}, by_glob)
     shard = size(str(max_shard_size or space.merge.max_shard_size or "5GB"), "--max-shard-size")
     memory = None if max_memory is None else size(max_memory, "--max-memory")
     given = pairs(expert, "--expert")
-    start, experts = space.need_base(base), space.with_experts(given)
+    if config is None:
+        start, experts = space.need_base(base), space.with_experts(given)
+    else:
+        start, experts = "", {}
+        _config_alone({"base": base, "expert": given or None, "method": method, "set": setting or None, **flags})
+        space = _without_merge_section(space)
+    chosen, options, overrides = method_options(space.merge, method, {**flags, **common}, by_glob)
     from retex_cli.commands import merge as command
 
-    config = command.MergeConfig(
+    what = command.MergeConfig(
         base=start,
         experts=experts,
         output=output or space.path(MERGED),
@@ -128,7 +154,26 @@ def merge(
     )
     said = {method, *(name for name, value in flags.items() if value is not None), *common, *by_glob}
     with _blaming_the_file(space, said):
-        perform(command.plan, command.run, config, how)
+        perform(command.plan, command.run, what if config is None else _read_config(config, what), how)
+
+
+def _config_alone(flags: Mapping[str, object]) -> None:
+    """``--config`` says what is merged and how: a flag that says it too is refused."""
+    for name, value in flags.items():
+        if value is not None:
+            raise UsageError(f"--{name} and --config cannot stand together", "change the file, or leave it out")
+
+
+def _without_merge_section(space: Workspace) -> Workspace:
+    if space.merge != MergeSection():
+        note(f"{space.where}: [merge] is not used with --config")
+    return replace(space, merge=MergeSection())
+
+
+def _read_config(file: str, settings: MergeConfig) -> MergeConfig:
+    from retex_cli.commands.merge_config import from_mergekit
+
+    return from_mergekit(file, settings)
 
 
 @contextmanager

@@ -72,6 +72,19 @@ def scalar(text: str) -> object:
     return text
 
 
+def per_task(items: Iterable[str] | None, option: str) -> object:
+    """``0.5`` for every task, ``TASK=0.5`` for one, or several of them; None if nothing is given."""
+    found: dict[str, object] = {}
+    for item in items or ():
+        name, sign, value = item.rpartition("=")
+        if sign:
+            check_task_name(name, option)
+        if (name or "*") in found:
+            raise UsageError(f"{option} is given twice" + (f" for task {name!r}" if name else ""))
+        found[name or "*"] = scalar(value)
+    return found.get("*") if set(found) <= {"*"} else found
+
+
 def settings(items: Iterable[str] | None, option: str) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
     """``[GLOB:]NAME=VALUE`` into options for every parameter, and options by glob for those that match."""
     common: dict[str, object] = {}

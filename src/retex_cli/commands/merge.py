@@ -6,7 +6,6 @@ through the method into the output. Memory follows the block at hand, not the mo
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,15 @@ import torch
 
 from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.merge_inputs import AVERAGE, InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
-from retex_cli.commands.merge_plan import Recipe, Stored, account_for, check_accounts, config_with_dtype, placeholder
+from retex_cli.commands.merge_plan import (
+    Origin,
+    Recipe,
+    Stored,
+    account_for,
+    check_accounts,
+    config_with_dtype,
+    placeholder,
+)
 from retex_cli.commands.merge_report import MergeReport, model_card
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
@@ -28,7 +35,8 @@ from retex_cli.io.provenance import sha256_file
 from retex_cli.io.writer import Output, TensorSpec, Writer, open_output
 from retex_cli.merging import budget, related
 from retex_cli.merging.engine import Copy, Merge, stream
-from retex_cli.merging.table import Method, find_method, options_for
+from retex_cli.merging.options import plain
+from retex_cli.merging.table import Method, check_tasks, find_method, options_for, overridden
 from retex_cli.merging.view import View
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress, Silent
@@ -41,8 +49,9 @@ class MergeConfig:
     ``experts`` maps task names to references (file, folder, Hub id or LoRA adapter). ``options`` are the method's,
     ``overrides`` maps globs over the base's tensor names to options that differ there. ``max_memory`` bounds the bytes
     of the tensors held at once. ``allow_missing`` are globs of base parameters that an expert may lack,
-    ``allow_unrelated`` lets experts through that were not tuned from this base. ``inputs`` and ``validation`` map task
-    names to files, for merges that measure on them (``samples`` inputs of a task; see ``commands.merge_inputs``).
+    ``allow_unrelated`` lets experts through that were not tuned from this base. ``origin`` is the foreign
+    configuration that all this was read from, if it was. ``inputs`` and ``validation`` map task names to files, for
+    merges that measure on them (``samples`` inputs of a task; see ``commands.merge_inputs``).
     """
 
     base: str
@@ -66,6 +75,7 @@ class MergeConfig:
     threads: int | None = None
     seed: int = 0
     overwrite: bool = False
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,9 @@ class MergePlan:
         return MergeReport(
             output=str(self.output),
             method=self.method,
-            options=self.method.resolve(self.config.options),
-            overrides=self.config.overrides,
+            options=plain(self.method.resolve(self.config.options), list(self.experts)),
+            overrides=_plain_overrides(self.config, self.method),
+            origin=self.config.origin,
             seed=self.config.seed,
             accounts=account_for(self.base, self.experts, self.alignments, self.steps, self.specs),
             bytes_in=sum(checkpoint.nbytes for checkpoint in (self.base, *self.experts.values())),
@@ -101,8 +112,8 @@ class MergePlan:
 def plan(config: MergeConfig) -> MergePlan:
     """Open, match, check. ``UsageError`` for what cannot be meant, ``RetexError`` for inputs that do not fit."""
     method = find_method(config.method)
-    method.resolve(config.options)
     _check_tasks(config, method)
+    check_tasks(method, (config.options, *config.overrides.values()), config.experts)
     _device(config.device)
     output = Output.parse(config.output)
     dtype = parse_dtype(config.dtype) if config.dtype else None
@@ -166,10 +177,18 @@ def _check_tasks(config: MergeConfig, method: Method) -> None:
         )
 
 
+def _plain_overrides(config: MergeConfig, method: Method) -> dict[str, dict[str, object]]:
+    """Per glob the options that differ there, checked, as JSON has them."""
+    return {
+        glob: plain({name: method.resolve(options)[name] for name in options}, sorted(config.experts))
+        for glob, options in config.overrides.items()
+    }
+
+
 def _check_overrides(config: MergeConfig, method: Method, merged: list[str]) -> None:
-    for pattern, options in config.overrides.items():
+    for pattern, options in config.overrides.items() if config.origin is None else ():
         method.resolve(options)
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in merged):
+        if not any(overridden(name, pattern) for name in merged):
             raise UsageError(
                 f"no merged tensor matches the override {pattern!r}",
                 f"names look like {merged[len(merged) // 2]!r}" if merged else None,
@@ -224,6 +243,8 @@ def _budget(config: MergeConfig, method: Method, steps: tuple[Merge | Copy, ...]
 
 def _announce(plan: MergePlan, progress: Progress) -> None:
     """Say what nobody asked for: defaults from the paper, a device that is not there."""
+    for line in plan.config.origin.notes if plan.config.origin else ():
+        progress.note(line)
     options = plan.method.resolve(plan.config.options)
     left = [f"{o.name}={options[o.name]}" for o in plan.method.options if o.name not in plan.config.options]
     if left:
@@ -292,11 +313,9 @@ def _recipe(plan: MergePlan, prepared: Prepared, hashes: Mapping[Path, str] | No
     config = plan.config
     return Recipe(
         method=plan.method,
-        options=plan.method.resolve(config.options),
-        overrides={
-            glob: {name: plan.method.resolve(options)[name] for name in options}
-            for glob, options in config.overrides.items()
-        },
+        options=plain(plan.method.resolve(config.options), list(plan.experts)),
+        overrides=_plain_overrides(config, plan.method),
+        origin=config.origin,
         seed=config.seed,
         dtype=config.dtype,
         allowed={

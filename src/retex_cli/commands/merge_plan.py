@@ -16,7 +16,6 @@ from retex_cli.io.align import Alignment
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.merging.engine import Copy, Merge
-from retex_cli.merging.options import Value
 from retex_cli.merging.table import Method
 
 
@@ -35,6 +34,19 @@ class Stored:
     def read_into(self, start: int, out: Tensor) -> None:
         """Elements from ``start`` on, converted to ``out``'s type."""
         self.checkpoint.read_into(self.name, start, out)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The configuration of another tool that a merge was read from; ``notes`` are lines a person should read."""
+
+    path: str
+    sha256: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """``{"path", "sha256", "notes"}``."""
+        return {"path": self.path, "sha256": self.sha256, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,9 @@ class Recipe:
     """How the output is made, in full: what somebody needs to make it again."""
 
     method: Method
-    options: Mapping[str, Value]
-    overrides: Mapping[str, Mapping[str, Value]]
+    options: Mapping[str, object]
+    overrides: Mapping[str, Mapping[str, object]]
+    origin: Origin | None
     seed: int
     dtype: str | None
     allowed: Mapping[str, object]
@@ -133,7 +146,7 @@ class Recipe:
     def to_json(self) -> dict[str, object]:
         """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}``, what
         was let through and what was measured on inputs; each input as ``{"reference", "revision", "files": {file name:
-        SHA-256}}``.
+        SHA-256}}``. ``"config"`` is there if the merge was read from another tool's: ``{"path", "sha256", "notes"}``.
         """
         return {
             "command": "merge",
@@ -146,6 +159,7 @@ class Recipe:
             "dtype": self.dtype,
             **self.allowed,
             **self.found,
+            **({"config": self.origin.to_json()} if self.origin else {}),
             "base": self._input(self.base),
             "experts": {task: self._input(expert) for task, expert in self.experts.items()},
         }

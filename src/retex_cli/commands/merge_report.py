@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import retex_cli
-from retex_cli.commands.merge_plan import Accounts, ExpertAccount, Recipe
+from retex_cli.commands.merge_plan import Accounts, ExpertAccount, Origin, Recipe
 from retex_cli.commands.report import Json, Table
-from retex_cli.merging.options import Value
 from retex_cli.merging.table import Method
 
 SHOWN = 6
@@ -23,8 +22,9 @@ class MergeReport:
 
     output: str
     method: Method
-    options: Mapping[str, Value]
+    options: Mapping[str, object]
     overrides: Mapping[str, Mapping[str, object]]
+    origin: Origin | None
     seed: int
     accounts: Accounts
     bytes_in: int
@@ -51,8 +51,10 @@ class MergeReport:
         {tied name: kept name}}``; ``experts``: per task ``{"reference", "revision", "merged", "task_tensors": [names],
         "rows": {name: [common, all]}, "lacks": [base names], "prefix": [removed from base, from expert],
         "task_vector_ratio"}``; ``bytes_in``, ``bytes_out``, ``peak_memory`` (bytes of blocks held at once);
-        ``seconds`` and ``sha256`` ``{file: digest}``, null and empty for a plan. Only where inputs were read:
-        ``measured_inputs`` ``{task: rows}``, ``scale`` ``{"alpha", "by", "tried": {alpha: share}}``, ``batchnorm``.
+        ``seconds`` and ``sha256`` ``{file: digest}``, null and empty for a plan; ``config`` where the merge was read
+        from, or null. What an option gives to single tasks is ``{task: number}``. Only where inputs were
+        read: ``measured_inputs`` ``{task: rows}``, ``scale`` ``{"alpha", "by", "tried": {alpha: share}}`` and
+        ``batchnorm``.
         """
         a = self.accounts
         return {
@@ -77,6 +79,7 @@ class MergeReport:
             "peak_memory": self.peak_memory,
             "seconds": self.seconds,
             "sha256": dict(self.sha256),
+            "config": self.origin.to_json() if self.origin else None,
         }
 
     def _expert(self, task: str, account: ExpertAccount) -> dict[str, object]:
@@ -114,6 +117,8 @@ class MergeReport:
         """What was merged, what was not, and where it is."""
         a = self.accounts
         lines = [f"{a.merged} of {a.total} tensors of {a.base} merged by {self._method_line()}"]
+        if self.origin:
+            lines += [f"read from {self.origin.path}, SHA-256 {self.origin.sha256}", *self._override_lines()]
         if a.copied:
             lines.append(f"copied from the base, as no expert has a version to merge: {_names(a.copied)}")
         if a.partly:
@@ -131,11 +136,24 @@ class MergeReport:
         return lines
 
     def _method_line(self) -> str:
-        words = [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in self.options.items()
-        ]
-        return f"{self.method.name}({', '.join(words)})"
+        return f"{self.method.name}({_words(self.options)})"
+
+    def _override_lines(self) -> list[str]:
+        """Tensors with options of their own, those of equal options together."""
+        groups: dict[str, list[str]] = {}
+        for name, options in self.overrides.items():
+            groups.setdefault(_words(options), []).append(name)
+        return [f"{words} for {_names(tuple(names))}" for words, names in groups.items()]
+
+
+def _words(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={_word(value)}" for name, value in options.items())
+
+
+def _word(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{task}: {_word(number)}" for task, number in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _expert_lines(task: str, account: ExpertAccount) -> list[str]:

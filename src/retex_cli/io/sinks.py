@@ -65,10 +65,10 @@ class Files:
             write_all(self._fds[k], memoryview(self._headers[k]), 0)
 
     def patch(self, old: bytes, new: bytes) -> None:
-        """Replace equally long bytes in every header, written already or not."""
+        """Replace equally long bytes in every header, wherever they are in it, written already or not."""
         for path, header in zip(self._paths, self._headers, strict=True):
-            if header.count(old) != 1:
-                raise ValueError(f"{old!r} is {header.count(old)} times in the header of {path.name}")
+            if old not in header:
+                raise ValueError(f"{old!r} is not in the header of {path.name}")
         for k, header in enumerate(self._headers):
             header[:] = header.replace(old, new)
             if k < len(self._fds):

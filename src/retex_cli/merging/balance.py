@@ -35,11 +35,11 @@ def pcb_survey(views: Sequence[View], *, density: float, alpha: float) -> dict[s
     ends = order_statistics(views, _clamped_ranks)
     ranges = {task: Range(low, high) for task, (low, high) in ends.items()}
     scores = Population(lambda view: view.tasks, lambda view, base, experts: _scores(view, ranges, experts.sub_(base)))
-    cuts = order_statistics(views, lambda n: (n - min(int(n * (1 - density)), n - 1), 1), scores)
+    cuts = order_statistics(views, lambda _, n: (n - min(int(n * (1 - density)), n - 1), 1), scores)
     return {task: Range(ranges[task].low, ranges[task].high, *cuts[task]) for task in ranges}
 
 
-def _clamped_ranks(n: int) -> tuple[int, int]:
+def _clamped_ranks(task: str, n: int) -> tuple[int, int]:
     return n - int(n * OUTLIERS), n - max(int(n * (1 - OUTLIERS) - 1), 0)
 
 

@@ -189,12 +189,12 @@ class _Preparation:
         if "lines" not in step.options or is_running_statistic(step.view.name):
             return kernel
         given = step.options["lines_alpha"]
-        alpha = self.lines_alpha if given == "auto" else float(given)
-        return lines(kernel, alpha, float(step.options["lines"]), self.depths[step.view.name])
+        alpha = self.lines_alpha if given == "auto" else cast(float, given)
+        return lines(kernel, alpha, cast(float, step.options["lines"]), self.depths[step.view.name])
 
     def _plain(self, step: Merge) -> Kernel:
         """The method itself; running statistics of a BatchNorm are averaged, whatever the method."""
-        if is_running_statistic(step.view.name):
+        if is_running_statistic(step.view.name) and self.function is not average:
             return average(step.view)
         return self.function(step.view, **own_options(step.options))
 

@@ -52,7 +52,7 @@ def knots(view: View, *, inner: str, density: float, alpha: float) -> Kernel:
 def _inner(view: View, inner: str, density: float, alpha: float) -> Kernel:
     method = METHODS[inner]
     given = {"density": density, "alpha": alpha, "scope": "tensor"}
-    options = {option.name: given[option.name] for option in method.options}
+    options = method.resolve({option.name: given[option.name] for option in method.options if option.name in given})
     return cast(Kernel, method.function()(view, **options))  # type: ignore[operator]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from retex_cli.errors import UsageError
+from retex_cli.merging.options import Number, each
 from retex_cli.merging.reduce import products, task_vectors
 from retex_cli.merging.view import Kernel, View
 
@@ -22,15 +24,39 @@ def sum_rows(rows: Tensor) -> Tensor:
     return first
 
 
-def average(view: View) -> Kernel:
-    """The plain mean of the experts' weights.
+def weigh_(rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """Multiply each of ``rows [T, n]`` by its weight; a weight of 1 costs nothing."""
+    for row, weight in zip(rows.unbind(0), weights, strict=True):
+        if weight != 1:
+            row.mul_(weight)
+    return rows
 
-    Model soups, arXiv 2203.05482 (the uniform soup): ``theta = 1/T sum_t theta_t``. The base is not used.
+
+def sum_scale(alpha: float, weights: Sequence[float], normalise: bool) -> float:
+    """What a weighted sum is multiplied by: ``alpha``, over the sum of the weights if it is to be ``normalise``d.
+
+    Weights that cancel are not divided by.
     """
-    count = len(view.tasks)
+    total = sum(weights)
+    return alpha / total if normalise and abs(total) >= 1e-8 else alpha
+
+
+def average(view: View, *, weight: Number = 1.0, normalise: bool = True) -> Kernel:
+    """The mean of the experts' weights, each with a weight of its own if one is given.
+
+    Model soups, arXiv 2203.05482: ``theta = sum_t w_t theta_t / sum_t w_t`` (the uniform soup by default), without the
+    division if not ``normalise``. The base is not used. Raises ``UsageError`` for weights that add up to 0.
+    """
+    weights = each(weight, view.tasks)
+    total = sum(weights) if normalise else 1.0
+    if abs(total) < 1e-8:
+        raise UsageError(
+            f"the weights of method 'average' add up to {total:g} for tensor {view.name!r}",
+            "give other weights, or --set normalise=false",
+        )
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
-        return sum_rows(experts).div_(count)
+        return sum_rows(weigh_(experts, weights)).div_(total)
 
     return Kernel(merge)
 
@@ -45,15 +71,17 @@ def mean_of_task_vectors(view: View, alpha: float = 1.0) -> Kernel:
     return Kernel(merge)
 
 
-def task_arithmetic(view: View, *, alpha: float) -> Kernel:
-    """The base plus the scaled sum of task vectors.
+def task_arithmetic(view: View, *, alpha: float, weight: Number = 1.0, normalise: bool = False) -> Kernel:
+    """The base plus the scaled, weighted sum of task vectors.
 
-    arXiv 2212.04089, section 2: ``theta = theta_0 + alpha sum_t tau_t``. The default ``alpha = 0.4`` is the one that
-    the paper found to serve without validation data (as quoted in arXiv 2306.01708, section 4).
+    arXiv 2212.04089, section 2: ``theta = theta_0 + alpha sum_t w_t tau_t``. The default ``alpha = 0.4`` is the
+    one that the paper found to serve without validation data (as quoted in arXiv 2306.01708, section 4).
     """
+    weights = each(weight, view.tasks)
+    scale = sum_scale(alpha, weights, normalise)
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
-        return sum_rows(experts.sub_(base)).mul_(alpha).add_(base)
+        return sum_rows(weigh_(experts.sub_(base), weights)).mul_(scale).add_(base)
 
     return Kernel(merge)
 
@@ -85,11 +113,12 @@ def _slerp_weights(inner: Tensor, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def model_stock(view: View) -> Kernel:
+def model_stock(view: View, *, floor: float) -> Kernel:
     """Between the base and the mean of the experts, by the angle between their task vectors.
 
     arXiv 2403.19522, equation 7, for each tensor: ``theta = t mean + (1 - t) theta_0`` with
-    ``t = T cos / (1 + (T - 1) cos)``, where cos is the mean cosine over all pairs of task vectors.
+    ``t = T cos / (1 + (T - 1) cos)``, where cos is the mean cosine over all pairs of task vectors. A product of two
+    norms below ``floor`` is taken for ``floor`` (mergekit takes 1e-6, which small vectors are below).
     """
     count = len(view.tasks)
     if count < 2:
@@ -97,7 +126,7 @@ def model_stock(view: View) -> Kernel:
             f"method 'model_stock' needs two experts or more with tensor {view.name!r}, {view.tasks[0]!r} alone has it",
             "give another expert",
         )
-    ratio = _stock_ratio(products(view, task_vectors), count)
+    ratio = _stock_ratio(products(view, task_vectors), count, floor)
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
         return sum_rows(experts.sub_(base)).mul_(ratio / count).add_(base)
@@ -105,9 +134,9 @@ def model_stock(view: View) -> Kernel:
     return Kernel(merge)
 
 
-def _stock_ratio(inner: Tensor, count: int) -> float:
+def _stock_ratio(inner: Tensor, count: int, floor: float) -> float:
     norms = inner.diagonal().sqrt()
-    cosines = inner / (norms[:, None] * norms).clamp(min=1e-30)
+    cosines = inner / (norms[:, None] * norms).clamp(min=max(floor, 1e-30))
     mean = (cosines.sum() - cosines.diagonal().sum()).item() / (count * (count - 1))
     below = 1 + (count - 1) * mean
     return count * mean / below if below > 1e-9 else 0.0

@@ -52,16 +52,19 @@ def hashed(key: Tensor, start: int, length: int) -> Tensor:
     return hash_into(bits, torch.empty_like(bits), words, key[:, None])
 
 
-def drop_(values: Tensor, density: float, key: Tensor, start: int) -> Tensor:
-    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) with probability ``1 - density``.
+def drop_(values: Tensor, densities: Sequence[float], key: Tensor, start: int) -> Tensor:
+    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) with probability 1 - its task's density.
 
     Task by task, so that all that is touched stays in the second-level cache.
     """
-    if density >= 1:
+    if min(densities) >= 1:
         return values
-    words, bound = element_words(start, values.shape[1], values.device), min(round(density * 2**31), _LOW_BITS)
+    words = element_words(start, values.shape[1], values.device)
     bits, scratch = torch.empty_like(words), torch.empty_like(words)
-    for row, one in zip(values.view(torch.int32).unbind(0), key.unbind(0), strict=True):
+    for row, one, density in zip(values.view(torch.int32).unbind(0), key.unbind(0), densities, strict=True):
+        if density >= 1:
+            continue
+        bound = min(round(density * 2**31), _LOW_BITS)
         hash_into(bits, scratch, words, one)
         # hash - bound is negative exactly where the entry is kept; its sign, spread over the word, is the mask.
         row.bitwise_and_(bits.sub_(bound).bitwise_right_shift_(31))

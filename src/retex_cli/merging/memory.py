@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retex_cli.merging.budget import DEFAULT
 from retex_cli.merging.engine import Copy, Merge, stream
-from retex_cli.merging.table import Method, find_method, options_for
+from retex_cli.merging.table import Method, check_tasks, find_method, options_for
 from retex_cli.merging.view import View
 
 
@@ -83,6 +83,7 @@ def merge_tensors(
     ``RetexError`` for a NaN or infinity.
     """
     row, tasks = find_method(method), sorted(experts)
+    check_tasks(row, (options or {}, *(overrides or {}).values()), tasks)
     steps = [
         Merge(
             View(

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retex_cli.merging.options import Number, each
 from retex_cli.merging.view import View, spans
 
 Floats = NDArray[np.float32]
@@ -57,29 +58,30 @@ def keep_count(elements: int, density: float) -> int:
     return min(elements, max(1, int(density * elements)))
 
 
-def top_magnitudes(views: Sequence[View], density: float) -> dict[str, float]:
+def top_magnitudes(views: Sequence[View], density: Number) -> dict[str, float]:
     """Per task, the k-th largest ``|tau|`` over all ``views`` together, ``k = keep_count(elements, density)``.
 
     Entries with ``|tau| >= threshold`` are the top k (and those equal to the k-th); 0 where all are kept.
     """
-    if density >= 1:
-        return {task: 0.0 for view in views for task in view.tasks}
-    found = order_statistics(views, lambda n: (keep_count(n, density),))
+    densities = {task: each(density, (task,))[0] for view in views for task in view.tasks}
+    if min(densities.values()) >= 1:
+        return dict.fromkeys(densities, 0.0)
+    found = order_statistics(views, lambda task, n: (keep_count(n, densities[task]),))
     return {task: values[0] for task, values in found.items()}
 
 
 def order_statistics(
-    views: Sequence[View], ranks: Callable[[int], Sequence[int]], population: Population = MAGNITUDES
+    views: Sequence[View], ranks: Callable[[str, int], Sequence[int]], population: Population = MAGNITUDES
 ) -> dict[str, tuple[float, ...]]:
     """Per row of the population, over all ``views`` together, the values of the given ranks (1 is the largest).
 
-    ``ranks(n)`` says which, for a row of n elements; rank 0 gives infinity, as does any rank of an empty row.
+    ``ranks(row, n)`` says which, for a row of n elements; rank 0 gives infinity, as does any rank of an empty row.
     """
     elements: dict[str, int] = {}
     for view in views:
         for row in population.rows(view):
             elements[row] = elements.get(row, 0) + view.numel
-    asked = {row: tuple(ranks(n)) if n else () for row, n in elements.items()}
+    asked = {row: tuple(ranks(row, n)) if n else () for row, n in elements.items()}
     wanted = {(row, i): k for row, each in asked.items() for i, k in enumerate(each) if k}
     found: dict[Key, float] = {}
     if wanted:
@@ -89,7 +91,9 @@ def order_statistics(
         for key, k in wanted.items():
             answer = tallies[key].answer(k)
             found[key] = _by_bits(views, population, key, k) if answer is None else answer
-    return {row: tuple(found.get((row, i), math.inf) for i in range(len(asked[row] or ranks(1)))) for row in elements}
+    return {
+        row: tuple(found.get((row, i), math.inf) for i in range(len(asked[row] or ranks(row, 1)))) for row in elements
+    }
 
 
 class _Room:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
 from retex_cli.errors import UsageError
-from retex_cli.merging.options import Option, Value
+from retex_cli.merging.options import Option, Value, unknown_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,29 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def check_tasks(method: Method, given: Iterable[Mapping[str, object]], tasks: Collection[str]) -> None:
+    """Raise ``UsageError`` if an option gives a number to a task that is not among ``tasks``."""
+    for options in given:
+        found = unknown_task(method.resolve(options), tasks)
+        if found:
+            raise UsageError(
+                f"option {found[0]!r} of method {method.name!r} names the task {found[1]!r}, which is not merged",
+                suggest(found[1], tasks) or f"tasks are {', '.join(sorted(tasks))}",
+            )
+
+
+def overridden(name: str, pattern: str) -> bool:
+    """Whether an override is meant for a tensor: its glob matches, or it is the name itself."""
+    return name == pattern or (any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern))
+
+
 def options_for(
     method: Method, name: str, options: Mapping[str, object], overrides: Mapping[str, Mapping[str, object]]
 ) -> dict[str, Value]:
     """The options with which tensor ``name`` is merged: overrides whose glob matches it apply in the order given."""
     given = dict(options)
     for pattern, extra in overrides.items():
-        if fnmatch.fnmatchcase(name, pattern):
+        if overridden(name, pattern):
             given.update(extra)
     return method.resolve(given)
 
@@ -116,15 +132,39 @@ def _alpha(default: float) -> Option:
 _INNER = ("ties", "task_arithmetic", "average", "dare", "dare_ties")
 _SWITCH = ("auto", "on", "off")
 _DENSITY = "share of each task vector's entries that is kept"
+_WEIGHT = Option("weight", 1.0, "factor on each task vector", per_task=True)
+_SUM = Option("normalise", False, "divide by the sum of the weights")
+_MEAN = Option("normalise", True, "divide by the sum of the weights that agree")
+_ELECT = "keep only what has the sign of the sum"
+_CANCELLED = Option(
+    "cancelled", "zero", "an entry whose sum is exactly 0 becomes 0, or is elected positive", choices=("zero", "plus")
+)
+_RESCALE = Option(
+    "rescale",
+    "share",
+    "divide what is left by its chance to be kept, scale it to the L1 norm before, or do neither",
+    choices=("share", "l1", "off"),
+)
+
+
+def _density(default: float, low: float = 0.0) -> Option:
+    return Option("density", default, _DENSITY, low, 1.0, per_task=True)
+
 
 _ROWS = (
-    Method("average", "Plain average of the experts", "2203.05482", "linear:average"),
+    Method(
+        "average",
+        "Average of the experts",
+        "2203.05482",
+        "linear:average",
+        (Option("weight", 1.0, "weight of each expert", per_task=True), Option("normalise", True, _SUM.help)),
+    ),
     Method(
         "task_arithmetic",
         "Task arithmetic: base plus the scaled sum of task vectors",
         "2212.04089",
         "linear:task_arithmetic",
-        (_alpha(0.4),),
+        (_alpha(0.4), _WEIGHT, _SUM),
     ),
     Method(
         "ties",
@@ -132,9 +172,12 @@ _ROWS = (
         "2306.01708",
         "sparse:ties",
         (
-            Option("density", 0.2, _DENSITY, 0.0, 1.0),
+            _density(0.2),
             _alpha(1.0),
             Option("scope", "global", "where the largest entries are chosen", choices=("global", "tensor")),
+            _WEIGHT,
+            _MEAN,
+            _CANCELLED,
         ),
         survey="sparse:ties_survey",
     ),
@@ -143,14 +186,14 @@ _ROWS = (
         "DARE: drop entries at random, rescale, then task arithmetic",
         "2311.03099",
         "sparse:dare",
-        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), _alpha(0.4)),
+        (_density(0.1, 1e-6), _alpha(0.4), _WEIGHT, _SUM, _RESCALE),
     ),
     Method(
         "dare_ties",
         "DARE, then the sign election and disjoint mean of TIES",
         "2311.03099",
         "sparse:dare_ties",
-        (Option("density", 0.1, _DENSITY, 1e-6, 1.0), _alpha(1.0)),
+        (_density(0.1, 1e-6), _alpha(1.0), _WEIGHT, _MEAN, _CANCELLED, _RESCALE),
     ),
     Method(
         "della",
@@ -158,9 +201,21 @@ _ROWS = (
         "2406.11617",
         "prune:della",
         (
-            Option("density", 0.7, _DENSITY, 1e-6, 1.0),
-            Option("window", 0.14, "how much likelier the largest entry of a row is kept than the smallest", 0.0, 1.0),
+            _density(0.7, 1e-6),
+            Option(
+                "window",
+                0.14,
+                "how much likelier the largest entry of a row is kept than the smallest",
+                0.0,
+                1.0,
+                per_task=True,
+            ),
             _alpha(1.1),
+            _WEIGHT,
+            Option("elect", True, _ELECT),
+            _MEAN,
+            _CANCELLED,
+            _RESCALE,
         ),
     ),
     Method(
@@ -169,9 +224,13 @@ _ROWS = (
         "2312.06795",
         "prune:breadcrumbs",
         (
-            Option("density", 0.15, _DENSITY, 0.0, 1.0),
-            Option("gamma", 0.006, "share of largest entries that is dropped", 0.0, 1.0),
+            _density(0.15),
+            Option("gamma", 0.006, "share of largest entries that is dropped", 0.0, 1.0, per_task=True),
             _alpha(0.2),
+            _WEIGHT,
+            Option("elect", False, _ELECT),
+            _SUM,
+            _CANCELLED,
         ),
     ),
     Method(
@@ -187,13 +246,24 @@ _ROWS = (
         "Model Stock: between base and mean by the angle of task vectors",
         "2403.19522",
         "linear:model_stock",
+        (Option("floor", 0.0, "smallest product of two norms that a cosine is divided by", 0.0),),
     ),
     Method(
         "sce",
         "SCE: select by variance, weigh by energy, erase minority signs",
         "2408.07990",
         "unify:sce",
-        (Option("density", 0.1, "share of entries, those that differ most between tasks, that is merged", 0.0, 1.0),),
+        (
+            Option("density", 0.1, "share of entries, those that differ most between tasks, that is merged", 0.0, 1.0),
+            Option(
+                "of",
+                "all",
+                "the entries that the share is taken of: those that differ at all, or all",
+                choices=("all", "differing"),
+            ),
+            Option("floor", 0.0, "mean square of all task vectors below which every task weighs the same", 0.0),
+            _CANCELLED,
+        ),
     ),
     Method(
         "pcb",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retex_cli.merging.linear import sum_rows
+from retex_cli.merging.linear import sum_rows, weigh_
 from retex_cli.merging.reduce import block_sums
 from retex_cli.merging.selection import Population, keep_count, order_statistics
-from retex_cli.merging.sparse import sum_rows_copy
+from retex_cli.merging.sparse import elected_, sum_rows_copy
 from retex_cli.merging.view import Kernel, View
 
 
@@ -63,33 +63,38 @@ _VARIANCE = Population(
 )
 
 
-def sce(view: View, *, density: float) -> Kernel:
+def _differing(view: View, density: float) -> int:
+    """How many entries are a share of those with a variance above zero, rounded down."""
+    found = block_sums(view, lambda base, experts: _variance(experts.sub_(base)).sign_().unsqueeze_(0))
+    return int(density * int(found.item()))
+
+
+def sce(view: View, *, density: float, of: str, floor: float, cancelled: str) -> Kernel:
     """Select entries by variance, weigh tasks by their energy there, erase minority signs.
 
     arXiv 2408.07990 (FuseChat), section 3.3, per tensor: the ``density`` of entries whose variance over tasks is
     largest is selected; task t weighs ``sum tau_t^2`` over them, normalised; entries against the sign of the sum are
     erased, and the rest is averaged with the weights of the tasks that are left, as in the authors' code. Default: the
-    paper's 10 %.
+    paper's 10 %. mergekit takes the share ``of`` the entries that differ at all, and equal weights where the mean
+    square of all task vectors together is below a ``floor`` of 1e-6.
     """
     cut = -1.0
     if density < 1:
-        cut = order_statistics([view], lambda n: (keep_count(n, density),), _VARIANCE)["variance"][0]
+        keep = _differing(view, density) if of == "differing" else keep_count(view.numel, density)
+        cut = order_statistics([view], lambda _, n: (keep,), _VARIANCE)["variance"][0]
 
     def select_(taus: Tensor) -> Tensor:
         return taus.mul_(_variance(taus).ge_(cut))
 
     energy = block_sums(view, lambda base, experts: select_(experts.sub_(base)).square_())
     total = energy.sum().item()
-    weights = (energy / total).tolist() if total > 0 else [1 / len(view.tasks)] * len(view.tasks)
+    enough = total > 0 and total / view.numel >= floor
+    weights = (energy / total).tolist() if enough else [1 / len(view.tasks)] * len(view.tasks)
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
         taus = select_(experts.sub_(base))
-        sign = sum_rows_copy(taus).sign_()
-        taus.mul_(sign).clamp_(min=0)  # what agrees with the sign, as magnitudes
-        present = taus.sign()
-        for row, there, weight in zip(taus.unbind(0), present.unbind(0), weights, strict=True):
-            row.mul_(weight)
-            there.mul_(weight)
-        return sum_rows(taus).div_(sum_rows(present).clamp_(min=1e-30)).mul_(sign).add_(base)
+        sign = elected_(taus, cancelled)
+        present = weigh_(taus.sign(), weights)
+        return sum_rows(weigh_(taus, weights)).div_(sum_rows(present).clamp_(min=1e-30)).mul_(sign).add_(base)
 
     return Kernel(merge)
