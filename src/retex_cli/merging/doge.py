@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.depth import block_of
-from retex_cli.merging.inputs import load_task_vectors
-from retex_cli.merging.matrices import added, left_vectors
+from retex_cli.merging.matrices import added, left_vectors, load_task_vectors
 from retex_cli.merging.selection import shrink_bound, top_magnitudes
 from retex_cli.merging.view import Kernel, View
 

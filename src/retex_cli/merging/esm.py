@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.depth import block_of, kind_of
-from retex_cli.merging.inputs import load_task_vectors, read_gram
+from retex_cli.merging.inputs import read_gram
 from retex_cli.merging.linear import mean_of_task_vectors
-from retex_cli.merging.matrices import added
+from retex_cli.merging.matrices import added, load_task_vectors
 from retex_cli.merging.spectral import tsv_m
 from retex_cli.merging.view import Kernel, View
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.linear import average, sum_rows
-from retex_cli.merging.matrices import added
+from retex_cli.merging.matrices import added, load_task_vectors
 from retex_cli.merging.view import Kernel, Source, View
 
 
@@ -57,14 +57,6 @@ def read_gram(source: Source, size: int) -> Tensor:
     out = torch.empty(size * size)
     source.read_into(0, out)
     return out.view(size, size).double()
-
-
-def load_task_vectors(view: View) -> Tensor:
-    """Task vectors as matrices: float32 ``[T, m, n]``."""
-    taus = torch.empty(len(view.tasks), view.numel)
-    for start, base, experts in view.blocks():
-        taus[:, start : start + base.numel()] = experts.sub_(base)
-    return taus.view(len(view.tasks), -1, view.row)
 
 
 def regmean(view: View, *, shrink: float) -> Kernel:
