@@ -73,9 +73,10 @@ def regmean(view: View, *, shrink: float) -> Kernel:
     mixed = torch.zeros(taus.shape[1], size, dtype=torch.float64, device=view.device)
     for tau, source in zip(taus, view.statistics, strict=True):
         gram = read_gram(source, size).to(view.device)
-        gram = shrink * gram + (1 - shrink) * torch.diag(gram.diagonal())
+        diagonal = gram.diagonal().clone()
+        gram.mul_(shrink).diagonal().copy_(diagonal)
         total += gram
-        mixed += tau.to(view.device, torch.float64) @ gram
+        mixed.addmm_(tau.to(view.device, torch.float64), gram)
     return added(_solve(total, mixed).float().flatten())
 
 
