@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.depth import block_of
-from retex_cli.merging.inputs import load_task_vectors
-from retex_cli.merging.matrices import added, left_vectors
+from retex_cli.merging.matrices import CELL_ELEMENTS, added, left_vectors, load_task_vectors
 from retex_cli.merging.selection import shrink_bound, top_magnitudes
 from retex_cli.merging.view import Kernel, View
 
@@ -71,26 +71,26 @@ def _shared_basis(taus: Tensor, subspace: int) -> Tensor:
 
 def _correct(taus: Tensor, weights: Sequence[float], basis: Tensor, steps: int) -> Tensor:
     """The correction ``[m, n]`` after ``steps`` of Adam from zero."""
-    total = sum(weights)
-    mixed = torch.zeros_like(taus[0])
-    for tau, weight in zip(taus, weights, strict=True):
-        mixed.add_(tau, alpha=weight)
-    constant = torch.stack([_row_products(tau, tau - mixed) for tau in taus])
-    correction, first, second, gradient = (torch.zeros_like(mixed) for _ in range(4))
+    total, rows = sum(weights), taus.transpose(0, 1)
+    mixed = torch.einsum("mtn,t->mn", rows, rows.new_tensor(weights))
+    constant = torch.stack([torch.linalg.vecdot(tau, tau - mixed) for tau in taus], 1)
+    del mixed
+    correction, gradient, first, second = (torch.zeros_like(rows[:, 0]) for _ in range(4))
+    at_once = max(1, CELL_ELEMENTS // rows[0].numel())  # the second of both products finds its rows in the cache
+    products = [part.split(at_once) for part in (rows, constant, correction, gradient)]
+    states = [part.view(-1).split(CELL_ELEMENTS) for part in (gradient, first, second, correction)]
     for step in range(1, steps + 1):
-        gradient.zero_()
-        for tau, fixed in zip(taus, constant, strict=True):
-            error = fixed - total * _row_products(tau, correction)
-            gradient.addcmul_(tau, error[:, None], value=-2 * total)
-        gradient.sub_(basis @ (basis.T @ gradient))
-        first.mul_(BETAS[0]).add_(gradient.mul(1 - BETAS[0]))
-        second.mul_(BETAS[1]).add_(gradient.square_().mul_(1 - BETAS[1]))
-        root = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
-        correction.sub_(torch.div(first, root, out=root).mul_(LEARNING_RATE / (1 - BETAS[0] ** step)))
+        for row, fixed, now, out in zip(*products, strict=True):
+            error = fixed[:, :, None] - total * (row @ now[:, :, None])
+            torch.mul(error.mT @ row, -2 * total, out=out[:, None])
+        gradient.addmm_(basis, basis.T @ gradient, alpha=-1)
+        for parts in zip(*states, strict=True):
+            _adam(*parts, step)
     return correction
 
 
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each row of ``a [m, n]`` with that of ``b``: ``[m]``."""
-    products: Tensor = torch.linalg.vecdot(a, b)
-    return products
+def _adam(gradient: Tensor, first: Tensor, second: Tensor, weights: Tensor, step: int) -> None:
+    first.lerp_(gradient, 1 - BETAS[0])
+    second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    root = second.sqrt().div_(math.sqrt(1 - BETAS[1] ** step)).add_(EPSILON)
+    weights.addcdiv_(first, root, value=-LEARNING_RATE / (1 - BETAS[0] ** step))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from retex_cli.merging.depth import block_of, kind_of
-from retex_cli.merging.inputs import load_task_vectors, read_gram
+from retex_cli.merging.inputs import read_gram
 from retex_cli.merging.linear import mean_of_task_vectors
-from retex_cli.merging.matrices import added
+from retex_cli.merging.matrices import added, gram_matrix, leading, load_task_vectors, spectrum
 from retex_cli.merging.spectral import tsv_m
 from retex_cli.merging.view import Kernel, View
 
@@ -39,24 +43,59 @@ class Switches:
         return cls(**chosen, factor=2.0 if vision else 1.0, biases=vision)
 
 
-def esm_survey(views: Sequence[View], *, variant: str, alpha: float, **given: str) -> Mapping[str, float]:
-    """Per tensor the scale of its merged task vector among the same tensors of other blocks."""
+class Kept:
+    """Merged task vectors, float32, in a temporary file between the survey and the merge, and the scale of each.
+
+    Computing them a second time would double the time, holding them would take the memory of a model.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        file = tempfile.TemporaryFile()
+        weakref.finalize(self, file.close)
+        self._file = file.fileno()
+        ends = accumulate(4 * view.numel for view in views)
+        self._places = {view.name: end - 4 * view.numel for view, end in zip(views, ends, strict=True)}
+        self.scales: dict[str, float] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def write(self, name: str, merged: Tensor) -> None:
+        """Keep the merged task vector ``[numel]``."""
+        left, place = memoryview(merged.cpu().numpy()).cast("B"), self._places[name]
+        while left:
+            count = os.pwrite(self._file, left, place)
+            left, place = left[count:], place + count
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        """Its elements ``start .. start + length``, scaled."""
+        data = os.pread(self._file, 4 * length, self._places[name] + 4 * start)
+        return torch.frombuffer(bytearray(data), dtype=torch.float32).mul_(self.scales[name])
+
+
+def esm_survey(views: Sequence[View], *, variant: str, alpha: float, **given: str) -> Kept | None:
+    """Merge every matrix in the blocks; per tensor the scale among the same tensors of other blocks."""
     switches = Switches.of(variant, **given)
-    if not switches.layers:
-        return {}
-    matrices = [view for view in views if len(view.shape) > 1 and block_of(view.name)]
-    norms = dict(zip((v.name for v in matrices), _norms(matrices, switches), strict=True))
+    matrices = [view for view in views if len(view.shape) > 1 and view.numel and block_of(view.name)]
+    if not switches.layers or not matrices:
+        return None
+    kept = Kept(matrices)
+
+    def norm(view: View) -> float:
+        merged = _merged(view, switches)
+        kept.write(view.name, merged)
+        return torch.linalg.vector_norm(merged.double()).item()
+
+    norms = dict(zip((view.name for view in matrices), matrices[0].map(norm, matrices), strict=True))
     kinds: dict[str, list[float]] = {}
-    for name, norm in norms.items():
-        kinds.setdefault(kind_of(name), []).append(norm)
+    for name, each in norms.items():
+        kinds.setdefault(kind_of(name), []).append(each)
     means = {kind: sum(each) / len(each) for kind, each in kinds.items()}
-    return {n: (norm / means[kind_of(n)]) ** SCALING_POWER for n, norm in norms.items() if means[kind_of(n)] > 0}
-
-
-def _norms(views: Sequence[View], switches: Switches) -> list[float]:
-    if not views:
-        return []
-    return views[0].map(lambda view: torch.linalg.vector_norm(_merged(view, switches).double()).item(), views)
+    for view in matrices:
+        mean = means[kind_of(view.name)]
+        between = (norms[view.name] / mean) ** SCALING_POWER if mean > 0 else 1.0
+        kept.scales[view.name] = between * (alpha if view.statistics else 1.0)
+    return kept
 
 
 def esm(view: View, *, variant: str, alpha: float, **given: str) -> Kernel:
@@ -70,9 +109,16 @@ def esm(view: View, *, variant: str, alpha: float, **given: str) -> Kernel:
     if len(view.shape) < 2:
         biased = view.name.endswith("bias") and not switches.biases
         return added(torch.zeros(view.numel)) if biased else mean_of_task_vectors(view)
-    survey = view.survey if isinstance(view.survey, Mapping) else {}
-    scale = survey.get(view.name, 1.0) * (alpha if view.statistics else 1.0)
-    return added(_merged(view, switches).mul_(scale))
+    if isinstance(view.survey, Kept) and view.name in view.survey:
+        return _from(view.survey, view.name)
+    return added(_merged(view, switches).mul_(alpha if view.statistics else 1.0))
+
+
+def _from(kept: Kept, name: str) -> Kernel:
+    def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
+        return base.add_(kept.read(name, start, base.numel()).to(base.device))
+
+    return Kernel(merge)
 
 
 def _merged(view: View, switches: Switches) -> Tensor:
@@ -95,12 +141,11 @@ def _essential(view: View, switches: Switches) -> Tensor:
     lefts, rights, norms = [], [], []
     for tau32, source in zip(taus, view.statistics, strict=True):
         tau = tau32.to(view.device, torch.float64)
-        values, directions = shift_spectrum(tau, read_gram(source, view.row).to(view.device))
-        coordinates = directions.T @ tau
-        norms.append(torch.linalg.vector_norm(coordinates))
-        weights = eigenvalue_weights(values[:share]) if switches.eigenvalues else torch.ones_like(values[:share])
-        lefts.append(directions[:, :share] * weights)
-        rights.append(coordinates[:share] * weights[:, None])
+        values, directions = shift_spectrum(tau, read_gram(source, view.row).to(view.device), share)
+        norms.append(torch.linalg.vector_norm(tau))  # that of all coordinates: the directions are a basis
+        weights = eigenvalue_weights(values) if switches.eigenvalues else torch.ones_like(values)
+        lefts.append(directions * weights)
+        rights.append(directions.T @ tau * weights[:, None])
     if switches.tasks:
         mean = torch.stack(norms).mean().clamp(min=1e-300)
         rights = [right * (norm / mean) ** SCALING_POWER for right, norm in zip(rights, norms, strict=True)]
@@ -113,13 +158,24 @@ def _essential(view: View, switches: Switches) -> Tensor:
     return switches.factor * (left @ right)
 
 
-def shift_spectrum(tau: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, largest first, and directions ``[m, m]`` of the outputs' shift ``dO = X tau^T``.
+def shift_spectrum(tau: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first eigenvalues ``[count]``, largest first, and directions ``[m, count]`` of the shift ``dO = X tau^T``.
 
-    ``dO^T dO = tau X^T X tau^T``: the same directions as an SVD of ``dO`` without centring, and always a full basis.
+    ``dO^T dO = tau X^T X tau^T``: the same directions as an SVD of ``dO`` without centring, and always ``count`` of
+    them, whatever the rank.
     """
-    values, vectors = torch.linalg.eigh(tau @ gram @ tau.T)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    if tau.shape[0] > tau.shape[1]:
+        values, vectors = spectrum(gram)
+        shifted = tau @ (vectors * values)  # shifted shifted^T = tau gram tau^T, on the shorter side
+        lengths, coordinates = leading(gram_matrix(shifted), count)
+        if len(lengths) == count:
+            return lengths.square(), shifted @ (coordinates / lengths)
+    whole = tau @ gram @ tau.T
+    lengths, directions = leading(whole, count)
+    if len(lengths) == count:
+        return lengths.square(), directions
+    values, directions = torch.linalg.eigh(whole)
+    return values.flip(0).clamp(min=0)[:count], directions.flip(1)[:, :count]
 
 
 def eigenvalue_weights(values: Tensor) -> Tensor:
@@ -131,8 +187,8 @@ def eigenvalue_weights(values: Tensor) -> Tensor:
 
 
 def scaled_polar(matrix: Tensor) -> Tensor:
-    """The orthogonal polar factor times the mean singular value."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    factor: Tensor = left @ right
-    mean: Tensor = values.mean()
-    return factor * mean
+    """The orthogonal polar factor times the mean singular value; directions without one stay zero."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return scaled_polar(matrix.T).T
+    values, vectors = spectrum(gram_matrix(matrix))
+    return matrix @ ((values.sum() / matrix.shape[1]) * (vectors / values) @ vectors.T)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.linear import average, sum_rows
-from retex_cli.merging.matrices import added
+from retex_cli.merging.matrices import added, load_task_vectors
 from retex_cli.merging.view import Kernel, Source, View
 
 
@@ -59,14 +59,6 @@ def read_gram(source: Source, size: int) -> Tensor:
     return out.view(size, size).double()
 
 
-def load_task_vectors(view: View) -> Tensor:
-    """Task vectors as matrices: float32 ``[T, m, n]``."""
-    taus = torch.empty(len(view.tasks), view.numel)
-    for start, base, experts in view.blocks():
-        taus[:, start : start + base.numel()] = experts.sub_(base)
-    return taus.view(len(view.tasks), -1, view.row)
-
-
 def regmean(view: View, *, shrink: float) -> Kernel:
     """The linear layer whose outputs are closest to every expert's on that expert's own inputs.
 
@@ -81,9 +73,10 @@ def regmean(view: View, *, shrink: float) -> Kernel:
     mixed = torch.zeros(taus.shape[1], size, dtype=torch.float64, device=view.device)
     for tau, source in zip(taus, view.statistics, strict=True):
         gram = read_gram(source, size).to(view.device)
-        gram = shrink * gram + (1 - shrink) * torch.diag(gram.diagonal())
+        diagonal = gram.diagonal().clone()
+        gram.mul_(shrink).diagonal().copy_(diagonal)
         total += gram
-        mixed += tau.to(view.device, torch.float64) @ gram
+        mixed.addmm_(tau.to(view.device, torch.float64), gram)
     return added(_solve(total, mixed).float().flatten())
 
 

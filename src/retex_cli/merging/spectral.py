@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retex_cli.merging.matrices import Image, Matrices, for_matrices, inverse_root, polar, spectrum
+from retex_cli.merging.matrices import (
+    Image,
+    Matrices,
+    add_gram,
+    for_matrices,
+    gram_matrix,
+    inverse_root,
+    leading,
+    mirror,
+    of_full_rank,
+    polar,
+    spectrum,
+)
 from retex_cli.merging.view import Kernel, View
 
 
@@ -25,7 +37,7 @@ def tsv_m(view: View, *, alpha: float) -> Kernel:
 
     def build(matrices: Matrices) -> tuple[Image, Tensor | None] | None:
         share = matrices.columns // len(view.tasks)
-        parts = [tuple(part[..., :share] for part in spectrum(gram)) for gram in matrices.grams()] if share else []
+        parts = [leading(gram, share) for gram in matrices.grams()] if share else []
         if not any(len(values) for values, _ in parts):
             return None
         values, right = torch.cat([s for s, _ in parts]), torch.cat([v for _, v in parts], 1)
@@ -42,16 +54,12 @@ def iso_c(view: View, *, alpha: float) -> Kernel:
     """
 
     def build(matrices: Matrices) -> tuple[Image, Tensor | None] | None:
-        gram = matrices.zeros(matrices.columns, matrices.columns)
-        for taus in matrices.wide_blocks():
-            total = taus.sum(0)
-            gram.addmm_(total.T, total)
-        values, _ = spectrum(gram)
+        values, vectors = spectrum(next(matrices.grams()))
         if not len(values):
             return None
-        return Image(common=values.sum() / matrices.columns * inverse_root(gram)), None
+        return Image(own=(values.sum() / matrices.columns * (vectors / values) @ vectors.T,)), None
 
-    return for_matrices(view, alpha, build)
+    return for_matrices(view, alpha, build, summed=True)
 
 
 def iso_cts(view: View, *, common: float, alpha: float) -> Kernel:
@@ -68,50 +76,87 @@ def iso_cts(view: View, *, common: float, alpha: float) -> Kernel:
         shared = rank - own * tasks
         if shared < 0:
             return None
-        grams, crossed = _grams_with_sum(matrices)
-        values, vectors = (part[..., :shared] for part in spectrum(crossed.sum(0)))
-        if not grams.any():
+        parts = (_outside_right if matrices.transposed else _outside_left)(matrices, shared, own)
+        if parts is None:
             return None
-        split = _right_split if matrices.transposed else _left_split
-        parts = [split(gram, cross, values, vectors, own) for gram, cross in zip(grams, crossed, strict=True)]
-        left = Image(tuple(p.own for p in parts), torch.cat([*(-p.common for p in parts), vectors / values], 1))
-        right = torch.cat([*(p.right for p in parts), vectors], 1)
-        mean = torch.cat([*(p.values for p in parts), values]).sum() / rank
-        return left, mean * inverse_root(matrices.gram_of(left)) @ polar(right).T
+        mean = torch.cat([*parts.values]).sum() / rank
+        return parts.left, mean * parts.root @ parts.right.T
 
     return for_matrices(view, alpha, build)
 
 
-def _grams_with_sum(matrices: Matrices) -> tuple[Tensor, Tensor]:
-    """``tau_t^T tau_t`` and ``M^T tau_t`` for ``M = sum_s tau_s``: two float64 ``[T, n, n]``."""
-    tasks, n = len(matrices.view.tasks), matrices.columns
-    grams, crossed = matrices.zeros(tasks, n, n), matrices.zeros(tasks, n, n)
-    for taus in matrices.wide_blocks():
-        grams.baddbmm_(taus.transpose(1, 2), taus)
-        crossed.baddbmm_(taus.sum(0).T.expand(tasks, -1, -1), taus)
-    return grams, crossed
-
-
 @dataclass(frozen=True)
-class _Split:
-    """What a task has outside the common subspace: its left vectors are ``tau own - M common``, for the sum ``M``."""
+class _Parts:
+    """All directions that Iso-CTS collects: the left ones as an image, to be multiplied by ``root`` to be orthogonal.
 
-    own: Tensor
-    common: Tensor
+    ``right [n, k]`` is orthogonal already; ``values`` are the tasks' singular values and then the common ones.
+    """
+
+    left: Image
+    root: Tensor
     right: Tensor
-    values: Tensor
+    values: tuple[Tensor, ...]
 
 
-def _left_split(gram: Tensor, cross: Tensor, values: Tensor, vectors: Tensor, own: int) -> _Split:
-    """Of ``w = tau - U_c U_c^T tau`` with ``U_c = M V_c / s_c``, the first ``own`` directions."""
-    inside = (vectors / values).T @ cross  # U_c^T tau
-    s, v = (part[..., :own] for part in spectrum(gram - inside.T @ inside, part_of=gram))
-    return _Split(v / s, (vectors / values) @ (inside @ (v / s)), v, s)
+def _outside_right(matrices: Matrices, shared: int, own: int) -> _Parts | None:
+    """The common subspace on the right, the shorter side: what is outside is ``tau R`` for the directions ``R`` left.
+
+    Those are few, so the tasks' spectra are those of small matrices, and the right vectors of the tasks are orthogonal
+    to the common ones.
+    """
+    gram = matrices.gram_of_sum()
+    eigenvalues, basis = (part.flip(-1) for part in torch.linalg.eigh(gram))
+    values, vectors = (part[..., :shared] for part in of_full_rank(eigenvalues, basis))
+    rest = basis[:, len(values) :]
+    grams = matrices.zeros(matrices.count, rest.shape[1], rest.shape[1])
+    squares = matrices.zeros(matrices.count)
+    for taus in matrices.wide_blocks():
+        squares += taus.square().sum((1, 2))
+        for total, tau in zip(grams, taus, strict=True):
+            add_gram(total, tau @ rest)
+    if not squares.any():
+        return None
+    found = [leading(mirror(each), own, norm) for each, norm in zip(grams, squares.sqrt(), strict=True)]
+    rights = [rest @ v for _, v in found]
+    joined = torch.cat(rights, 1)
+    scaled = torch.cat([torch.zeros_like(joined), vectors / values], 1)
+    left = Image(tuple(right / s for right, (s, _) in zip(rights, found, strict=True)), scaled)
+    right = torch.cat([polar(joined), vectors], 1)
+    return _Parts(left, inverse_root(matrices.gram_of(left)), right, (*(s for s, _ in found), values))
 
 
-def _right_split(gram: Tensor, cross: Tensor, values: Tensor, vectors: Tensor, own: int) -> _Split:
-    """The same for transposed matrices, whose common subspace is on the right: ``w = tau (1 - V_c V_c^T)``."""
-    outside = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - vectors @ vectors.T
-    s, v = (part[..., :own] for part in spectrum(outside @ gram @ outside, part_of=gram))
-    left = outside @ (v / s)
-    return _Split(left, torch.zeros_like(left), v, s)
+def _outside_left(matrices: Matrices, shared: int, own: int) -> _Parts | None:
+    """The common subspace on the left, the longer side: what is outside is ``tau - U_c U_c^T tau``, ``U_c = M V_c/s``.
+
+    The left vectors of the tasks are orthogonal to the common ones.
+    """
+    grams, crossed = _grams_with_sum(matrices)
+    if not grams.any():
+        return None
+    values, vectors = (part[..., :shared] for part in spectrum(crossed.sum(0)))
+    scaled = vectors / values
+    found, shifts = [], []
+    for gram, cross in zip(grams, crossed, strict=True):
+        mirror(gram)
+        inside = scaled.T @ cross  # U_c^T tau
+        s, v = leading(gram - gram_matrix(inside), own, gram.diagonal().sum().sqrt())
+        found.append((s, v))
+        shifts.append(scaled @ (inside @ (v / s)))
+    outside = Image(tuple(v / s for s, v in found), -torch.cat(shifts, 1))
+    left = Image(outside.own, torch.cat([-torch.cat(shifts, 1), scaled], 1))
+    common = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    root = torch.block_diag(inverse_root(matrices.gram_of(outside)), common)
+    right = polar(torch.cat([*(v for _, v in found), vectors], 1))
+    return _Parts(left, root, right, (*(s for s, _ in found), values))
+
+
+def _grams_with_sum(matrices: Matrices) -> tuple[Tensor, Tensor]:
+    """Upper triangles of ``tau_t^T tau_t`` and ``M^T tau_t`` for ``M = sum_s tau_s``: two float64 ``[T, n, n]``."""
+    n = matrices.columns
+    grams, crossed = matrices.zeros(matrices.count, n, n), matrices.zeros(matrices.count, n, n)
+    for taus in matrices.wide_blocks():
+        total = taus.sum(0).T
+        for gram, cross, tau in zip(grams, crossed, taus, strict=True):
+            add_gram(gram, tau)
+            cross.addmm_(total, tau)
+    return grams, crossed
