@@ -84,7 +84,6 @@ METHODS: dict[str, tuple[dict[str, tuple[object, ...]], dict[str, object]]] = {
     "model_stock": ({}, {}),
     "sce": ({}, {"select_topk": 0.4}),
 }
-RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 NOTES = {
     "ties": "entries of one magnitude at the threshold: retex keeps them all, mergekit an arbitrary part",
     "dare_linear": "masks of its own: nothing dropped here",
