@@ -84,15 +84,16 @@ METHODS: dict[str, tuple[dict[str, tuple[object, ...]], dict[str, object]]] = {
     "model_stock": ({}, {}),
     "sce": ({}, {"select_topk": 0.4}),
 }
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+TIED = "entries of one magnitude at the threshold: retex keeps them all, mergekit an arbitrary part"
 NOTES = {
-    "ties": "entries of one magnitude at the threshold: retex keeps them all, mergekit an arbitrary part",
-    "dare_linear": "masks of its own: nothing dropped here",
-    "dare_ties": "masks of its own: nothing dropped here",
-    "della": "masks of its own: nothing dropped here",
-    "della_linear": "masks of its own: nothing dropped here",
-    "sce": "entries of one variance at the threshold, as for ties",
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), TIED),
+    **dict.fromkeys(RANDOM, "each draws masks of its own: density 1 here"),
+    "sce": "entries of one variance at the threshold: as for ties",
+    "slerp": "one vector all zero, the other not: retex interpolates linearly, mergekit at a right angle",
 }
-NOTES |= {"breadcrumbs": NOTES["ties"], "breadcrumbs_ties": NOTES["ties"]}
+SUMS = "mergekit sums in bfloat16: small sums change their sign"
+ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce")
 KINDS = {"float32": "float32", "bfloat16": None, "bfloat16, summed in float32": "float32"}
 
 
@@ -193,7 +194,9 @@ def mergekit_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
         files = {method: document(folder, method, dtype) for method in METHODS}
         failed = merge_both(folder, python, list(files.values()))
         for method, file in files.items():
-            row: dict[str, object] = {"peer": PEERS[0], "method": method, "dtype": kind, "note": NOTES.get(method, "")}
+            notes = [NOTES.get(method, ""), SUMS if dtype is None and method in ELECTED else ""]
+            note = "; ".join(filter(None, notes))
+            row: dict[str, object] = {"peer": PEERS[0], "method": method, "dtype": kind, "note": note}
             if str(file) in failed:
                 rows.append({**row, "failed": failed[str(file)]})
             else:
@@ -202,23 +205,29 @@ def mergekit_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
 
 
 def differences(folder: Path, file: Path) -> dict[str, object]:
-    """The worst entry outside of ties at a threshold, and the share of entries in such ties that differ."""
+    """The worst entry outside of ties at a threshold, and the share of all entries that differ beyond rounding."""
     ours, theirs, base = (
         load(path) for path in (file.with_suffix(".ours"), file.with_suffix(".theirs"), folder / "base")
     )
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
     experts = {task: load(folder / task) for task in TASKS}
-    config = from_mergekit(str(file), MergeConfig("", {}, ""))
-    worst, apart, entries = 0.0, 0, 0
+    config, _ = from_mergekit(str(file), MergeConfig("", {}, ""))
+    worst, beyond, entries = 0.0, 0, 0
     for name, tensor in base.items():
         assert ours[name].dtype == theirs[name].dtype
         taus = torch.stack([expert[name].double() - tensor.double() for expert in experts.values()]).flatten(1)
         relative = (ours[name].double() - theirs[name].double()).abs().flatten() / taus.abs().max().clamp(min=1e-30)
         tied = at_threshold(taus, options_for(find_method(config.method), name, config.options, config.overrides))
         worst = max(worst, torch.where(tied, 0.0, relative).max().item())
-        apart += int((relative[tied] > SAME).sum())
+        beyond += int((relative > rounding(theirs[name], taus)).sum())
         entries += relative.numel()
-    return {"worst": worst, "tied_share": apart / entries}
+    return {"worst": worst, "beyond": beyond / entries}
+
+
+def rounding(merged: Tensor, taus: Tensor) -> Tensor:
+    """How much of the largest entry of ``taus [T, n]`` is rounding, ``[n]``: two last places of what is stored."""
+    places = 2 * torch.finfo(merged.dtype).eps * merged.double().abs().flatten()
+    return (places / taus.abs().max().clamp(min=1e-30)).clamp(min=SAME)
 
 
 def at_threshold(taus: Tensor, options: Mapping[str, object]) -> Tensor:
@@ -257,7 +266,9 @@ def spread_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
             merged = load(file.with_suffix(suffix))
             moved.append(torch.cat([(merged[name].double() - base[name].double()).flatten() for name in base]))
         ratio = (moved[0].square().sum() / moved[1].square().sum()).item()
-        note = "half of the entries dropped: the ratio of the energies of the merged task vectors, less 1"
+        note = (
+            "half of the entries dropped by each tool's own masks: the ratio of the energies of what was merged, less 1"
+        )
         rows.append(
             {"peer": PEERS[0], "method": f"{method}, random", "dtype": "float32", "worst": abs(ratio - 1), "note": note}
         )
@@ -293,11 +304,11 @@ def peft_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
         for method, theirs in load_file(scratch / "peft-out.safetensors").items():
             relative = (ours[method] - theirs).abs() / taus.abs().max()
             out = tied if method in ("ties", "magnitude_prune") else torch.zeros_like(tied)
-            apart = int((relative[out] > SAME).sum()) / relative.numel()
-            note = NOTES["ties"].replace("mergekit", "peft") if method in ("ties", "magnitude_prune") else ""
+            beyond = int((relative > SAME).sum()) / relative.numel()
+            note = TIED.replace("mergekit", "peft") if method in ("ties", "magnitude_prune") else ""
             rows.append({
                 "peer": "peft", "method": method, "dtype": kind, "worst": relative[~out].max().item(),
-                "tied_share": apart, "note": note,
+                    "beyond": beyond, "note": note,
             })  # fmt: skip
     return rows
 

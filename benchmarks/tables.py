@@ -96,7 +96,42 @@ def _memory() -> str:
     return text + f"\nThe copy took {copy:.1f} s.\n\n" + _source(name, result) + "\n"
 
 
+def _exactness() -> str:
+    """The same merges by mergekit and peft: one row per method, the worst entry per type."""
+    name = "exactness"
+    result = _load(name)
+    if result is None:
+        return ""
+    rows, peers = result["rows"], result["peers"]
+    assert isinstance(rows, list)
+    assert isinstance(peers, list)
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
+    text = (
+        f"**The same tensors as {' and '.join(peers)} (with its peft)**, by `retex merge --config` on mergekit's own "
+        "files: the largest difference of an entry, relative to the largest of the tensor's task vectors, outside of "
+        "ties at a threshold; in brackets the share of all entries that differ by more than rounding.\n\n"
+    )
+    text += _row(["peer", "method", *kinds, "where they differ"]) + "|---" * (3 + len(kinds)) + "|\n"
+    for peer, method in dict.fromkeys((row["peer"], row["method"]) for row in rows):
+        mine = {row["dtype"]: row for row in rows if (row["peer"], row["method"]) == (peer, method)}
+        note = max((row["note"] for row in mine.values()), key=len)
+        text += _row([peer, method, *(_difference(mine.get(kind)) for kind in kinds), note])
+    return text + "\n" + _source(name, result) + "\n"
+
+
+def _difference(row: dict[str, object] | None) -> str:
+    if row is None:
+        return ""
+    if "failed" in row:
+        return "it failed"
+    worst, beyond = row["worst"], row.get("beyond", 0.0)
+    assert isinstance(worst, float)
+    assert isinstance(beyond, float)
+    text = "0" if worst == 0 else f"{worst:.0e}"
+    return f"{text} ({100 * beyond:.2g} %)" if beyond else text
+
+
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
-    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _memory()]
+    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _memory(), _exactness()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

@@ -77,16 +77,18 @@ def merge(
     threads: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    config: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge ``experts`` (task name to reference) into one checkpoint of the base's shape.
 
     ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
-    ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's.
+    ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's. With ``config``, a mergekit
+    file, that says what is merged and how: ``base`` and ``experts`` are empty then.
     """
     from retex_cli.commands import merge as command
 
-    config = command.MergeConfig(
+    settings = command.MergeConfig(
         base=base,
         experts=experts,
         output=output,
@@ -102,8 +104,9 @@ def merge(
         threads=threads,
         seed=seed,
         overwrite=overwrite,
+        config=config,
     )
-    return command.run(command.plan(config), progress or Silent())
+    return command.run(command.plan(settings), progress or Silent())
 
 
 def fit_offsets(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, tau in (("base", 0 * A), ("a", A), ("b", B)):
         (tmp_path / name).mkdir()
-        save_file(
-            dict.fromkeys(NAMES, 10 * BASE + tau), tmp_path / name / "model.safetensors", metadata={"format": "pt"}
-        )
+        tensors = {n: torch.add(10 * BASE, tau) for n in NAMES}
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
     return tmp_path
 
@@ -43,7 +44,7 @@ Read = Callable[[str], MergeConfig]
 def read(workplace: Path) -> Read:
     def read(text: str) -> MergeConfig:
         (workplace / "theirs.yml").write_text(text)
-        return from_mergekit("theirs.yml", MergeConfig("", {}, "out", device="cpu"))
+        return replace(from_mergekit("theirs.yml", MergeConfig("", {}, "out", device="cpu"))[0], config=None)
 
     return read
 
@@ -161,25 +162,45 @@ def test_types(read: Read, workplace: Path) -> None:
     assert read(yml("ties")).dtype == "float32", "mergekit writes the widest type of the inputs"
 
 
-def test_the_recipe_keeps_the_file_and_says_what_was_chosen(read: Read, capsys: pytest.CaptureFixture[str]) -> None:
-    config = read(yml("ties", "{weight: 0.5}", top="{int8_mask: true}") + "tokenizer_source: base\n")
-    assert config.origin is not None
-    semantics, unused, tokenizer = config.origin.notes
+def test_the_recipe_keeps_the_file_and_says_what_was_chosen(workplace: Path) -> None:
+    text = yml("ties", "{weight: 0.5}", top="{int8_mask: true}") + "tokenizer_source: base\n"
+    (workplace / "theirs.yml").write_text(text)
+    planned = plan(MergeConfig("", {}, "out", device="cpu", config="theirs.yml"))
+    assert planned.origin is not None
+    semantics, unused, tokenizer = planned.origin.notes
     assert "theirs.yml: ties as mergekit computes it" in semantics
     assert "top-k per tensor" in semantics
     assert "parameters.int8_mask has no effect with ties" in unused
     assert "tokenizer_source" in tokenizer
-    dry = plan(config).report()
-    assert f"read from theirs.yml, SHA-256 {config.origin.sha256}" in "\n".join(dry.lines())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    dry = planned.report()
+    assert f"read from theirs.yml, SHA-256 {digest}" in "\n".join(dry.lines())
     assert "weight={a: 0.5, b: 1}" in "\n".join(dry.lines())
-    run(plan(config))
+    run(planned)
     with safe_open("out/model.safetensors", "pt") as file:
         recipe = json.loads(file.metadata()["retex.recipe"])
-    assert recipe["config"] == config.origin.to_json() == dry.to_json()["config"]
+    assert recipe["config"] == {"path": "theirs.yml", "sha256": digest, "notes": [semantics, unused, tokenizer]}
+    assert recipe["config"] == dry.to_json()["config"]
     assert recipe["options"] == {
         "density": 1.0, "alpha": 1.0, "scope": "tensor", "weight": {"a": 0.5, "b": 1.0}, "normalise": True,
         "cancelled": "plus",
     }  # fmt: skip
+
+
+def test_nothing_else_may_say_what_is_merged(workplace: Path) -> None:
+    (workplace / "theirs.yml").write_text(yml("ties"))
+    with pytest.raises(UsageError, match=r"theirs\.yml says what is merged"):
+        plan(MergeConfig("base", {"a": "a"}, "out", config="theirs.yml"))
+
+
+def test_a_tensor_that_is_not_merged_may_have_options_of_its_own(workplace: Path) -> None:
+    """The base's extra tensor has a counterpart in no expert; the filter gives it options all the same."""
+    base = load_file("base/model.safetensors")
+    save_file({**base, "mlp.inv_freq.weight": torch.ones(2)}, "base/model.safetensors", {"format": "pt"})
+    (workplace / "theirs.yml").write_text(yml("ties", "{weight: [{filter: inv_freq, value: 3}, {value: 1}]}"))
+    settings = MergeConfig("", {}, "out", device="cpu", config="theirs.yml", allow_missing=("*.inv_freq.*",))
+    run(plan(settings))
+    assert torch.equal(load_file("out/model.safetensors")["mlp.inv_freq.weight"], torch.ones(2))
 
 
 def test_names_of_tasks_are_unique(read: Read, workplace: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from retex_cli.commands.merge_config import from_mergekit
 from retex_cli.commands.merge_plan import (
     Origin,
     Recipe,
@@ -46,8 +47,8 @@ class MergeConfig:
     ``experts`` maps task names to references (file, folder, Hub id or LoRA adapter). ``options`` are the method's,
     ``overrides`` maps globs over the base's tensor names to options that differ there. ``max_memory`` bounds the bytes
     of the tensors held at once. ``allow_missing`` are globs of base parameters that an expert may lack,
-    ``allow_unrelated`` lets experts through that were not tuned from this base. ``origin`` is the foreign
-    configuration that all this was read from, if it was.
+    ``allow_unrelated`` lets experts through that were not tuned from this base. ``config`` is a mergekit
+    file that says all this in place of ``base``, ``experts``, ``method``, ``options`` and ``overrides``.
     """
 
     base: str
@@ -65,7 +66,7 @@ class MergeConfig:
     threads: int | None = None
     seed: int = 0
     overwrite: bool = False
-    origin: Origin | None = None
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class MergePlan:
     specs: tuple[TensorSpec, ...]
     output: Output
     budget: int
+    origin: Origin | None = None
 
     def report(self) -> MergeReport:
         """What would happen, from the headers."""
@@ -89,7 +91,7 @@ class MergePlan:
             method=self.method,
             options=plain(self.method.resolve(self.config.options), list(self.experts)),
             overrides=_plain_overrides(self.config, self.method),
-            origin=self.config.origin,
+            origin=self.origin,
             seed=self.config.seed,
             accounts=account_for(self.base, self.experts, self.alignments, self.steps, self.specs),
             bytes_in=sum(checkpoint.nbytes for checkpoint in (self.base, *self.experts.values())),
@@ -100,6 +102,9 @@ class MergePlan:
 
 def plan(config: MergeConfig) -> MergePlan:
     """Open, match, check. ``UsageError`` for what cannot be meant, ``RetexError`` for inputs that do not fit."""
+    origin = None
+    if config.config is not None:
+        config, origin = from_mergekit(config.config, config)
     method = find_method(config.method)
     _check_tasks(config, method)
     check_tasks(method, (config.options, *config.overrides.values()), config.experts)
@@ -118,7 +123,8 @@ def plan(config: MergeConfig) -> MergePlan:
     _check_overrides(config, method, [step.view.name for step in steps if isinstance(step, Merge)])
     inputs = [path for checkpoint in (base, *experts.values()) for path in checkpoint.files]
     output.check(config.overwrite, inputs, sum(spec.nbytes for spec in specs))
-    return MergePlan(config, method, base, experts, alignments, steps, specs, output, _budget(config, method, steps))
+    room = _budget(config, method, steps)
+    return MergePlan(config, method, base, experts, alignments, steps, specs, output, room, origin)
 
 
 def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
@@ -175,7 +181,7 @@ def _plain_overrides(config: MergeConfig, method: Method) -> dict[str, dict[str,
 
 
 def _check_overrides(config: MergeConfig, method: Method, merged: list[str]) -> None:
-    for pattern, options in config.overrides.items() if config.origin is None else ():
+    for pattern, options in config.overrides.items() if config.config is None else ():
         method.resolve(options)
         if not any(overridden(name, pattern) for name in merged):
             raise UsageError(
@@ -232,7 +238,7 @@ def _budget(config: MergeConfig, method: Method, steps: tuple[Merge | Copy, ...]
 
 def _announce(plan: MergePlan, progress: Progress) -> None:
     """Say what nobody asked for: defaults from the paper, a device that is not there."""
-    for line in plan.config.origin.notes if plan.config.origin else ():
+    for line in plan.origin.notes if plan.origin else ():
         progress.note(line)
     options = plan.method.resolve(plan.config.options)
     left = [f"{o.name}={options[o.name]}" for o in plan.method.options if o.name not in plan.config.options]
@@ -294,7 +300,7 @@ def _recipe(plan: MergePlan, hashes: Mapping[Path, str] | None) -> Recipe:
         method=plan.method,
         options=plain(plan.method.resolve(config.options), list(plan.experts)),
         overrides=_plain_overrides(config, plan.method),
-        origin=config.origin,
+        origin=plan.origin,
         seed=config.seed,
         dtype=config.dtype,
         allowed={

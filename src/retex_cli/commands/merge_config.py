@@ -1,8 +1,9 @@
 """What a mergekit file asks for, as a merge of retex: method, options per task and per tensor, type, inputs.
 
-``mergekit_rules`` says which of its methods is which of ours. Parameters are looked up as mergekit does: the model's own, the slice's, the file's, then the default; the
-first filter that is part of the tensor's name decides; a list is interpolated over the layers of the model, and what
-lies outside of them takes its first value. What mergekit would silently ignore because it is misspelt is refused.
+``mergekit_rules`` says which of its methods is which of ours. Parameters are looked up as mergekit does: the model's
+own, the slice's, the file's, then the default; the first filter that is part of the tensor's name decides; a list is
+interpolated over the layers of the model, and what lies outside of them takes its first value. What mergekit would
+silently ignore because it is misspelt is refused.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from retex_cli.commands.merge import MergeConfig
 from retex_cli.commands.merge_plan import Origin
 from retex_cli.commands.mergekit_rules import OTHERS, PARAMETERS, RULES, Rule
-from retex_cli.errors import RetexError
+from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.mergekit_config import (
     Input,
@@ -36,13 +37,18 @@ from retex_cli.io.mergekit_config import (
 from retex_cli.io.naming import is_buffer
 from retex_cli.merging.depth import block_of
 
+if TYPE_CHECKING:
+    from retex_cli.commands.merge import MergeConfig
+
 Options = dict[str, object]
 
 
-def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
+def from_mergekit(path: str, settings: MergeConfig) -> tuple[MergeConfig, Origin]:
     """``settings`` with what mergekit's file at ``path`` says about what is merged, and how; its models' headers are
     opened for that. A ``dtype`` in ``settings`` beats the file's. ``RetexError`` for what cannot be honoured.
     """
+    if settings.base or settings.experts or settings.options or settings.overrides:
+        raise UsageError(f"{path} says what is merged, and how", "give no base, experts or options beside it")
     config = read_mergekit(Path(path))
     rule = RULES.get(config.method)
     if rule is None:
@@ -64,7 +70,7 @@ def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
     options, overrides = _common(by_tensor)
     if config.tokenizer:
         notes.append(f"{path}: {config.tokenizer}: the base's is kept; a token id means the same token in every model")
-    return replace(
+    translated = replace(
         settings,
         base=base,
         experts={task: _expert_path(config, entry, base) for task, entry in experts.items()},
@@ -72,8 +78,8 @@ def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
         options=options,
         overrides=overrides,
         dtype=settings.dtype or dtype,
-        origin=Origin(path, config.sha256, tuple(notes)),
     )
+    return translated, Origin(path, config.sha256, tuple(notes))
 
 
 def _models(config: MergekitConfig, rule: Rule) -> tuple[str, dict[str, Input]]:
