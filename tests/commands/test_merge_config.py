@@ -187,6 +187,16 @@ def test_the_recipe_keeps_the_file_and_says_what_was_chosen(workplace: Path) -> 
     }  # fmt: skip
 
 
+def test_what_the_base_lacks_is_named_as_left_out(workplace: Path) -> None:
+    expert = load_file("a/model.safetensors")
+    grown = {**expert, "lm_head.weight": torch.ones(2, 2), "embed.weight": torch.ones(2, 2)}
+    save_file(grown, "a/model.safetensors", {"format": "pt"})
+    (workplace / "theirs.yml").write_text(yml("ties"))
+    origin = plan(MergeConfig("", {}, "out", device="cpu", config="theirs.yml")).origin
+    assert origin is not None
+    assert origin.notes[-1] == "a: not in the base and not merged: lm_head.weight"
+
+
 def test_nothing_else_may_say_what_is_merged(workplace: Path) -> None:
     (workplace / "theirs.yml").write_text(yml("ties"))
     with pytest.raises(UsageError, match=r"theirs\.yml says what is merged"):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from retex_cli.commands.merge_plan import (
     account_for,
     check_accounts,
     config_with_dtype,
+    left_out,
     placeholder,
 )
 from retex_cli.commands.merge_report import MergeReport, model_card
@@ -115,6 +116,8 @@ def plan(config: MergeConfig) -> MergePlan:
     experts = {task: open_expert(config.experts[task], base) for task in sorted(config.experts)}
     alignments = {task: align(base, e, allow_missing=config.allow_missing) for task, e in experts.items()}
     check_accounts(base, experts, alignments)
+    if origin is not None:
+        origin = replace(origin, notes=(*origin.notes, *left_out(alignments)))
     specs = tuple(
         TensorSpec(name, dtype if dtype and info.dtype.is_floating_point else info.dtype, info.shape)
         for name, info in base.tensors.items()
