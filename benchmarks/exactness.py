@@ -85,15 +85,26 @@ METHODS: dict[str, tuple[dict[str, tuple[object, ...]], dict[str, object]]] = {
     "sce": ({}, {"select_topk": 0.4}),
 }
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+TIED = "entries of one magnitude at the threshold: retex keeps them all, mergekit an arbitrary part"
 NOTES = {
-    "ties": "entries of one magnitude at the threshold: retex keeps them all, mergekit an arbitrary part",
-    "dare_linear": "masks of its own: nothing dropped here",
-    "dare_ties": "masks of its own: nothing dropped here",
-    "della": "masks of its own: nothing dropped here",
-    "della_linear": "masks of its own: nothing dropped here",
-    "sce": "entries of one variance at the threshold, as for ties",
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), TIED),
+    **dict.fromkeys(RANDOM, "each draws masks of its own: density 1 here"),
+    "sce": "entries of one variance at the threshold: as for ties",
+    "slerp": "one vector all zero, the other not: retex interpolates linearly, mergekit at a right angle",
 }
-NOTES |= {"breadcrumbs": NOTES["ties"], "breadcrumbs_ties": NOTES["ties"]}
+SUMS = "mergekit sums in bfloat16: small sums change their sign"
+ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce")
+SHAPES: dict[str, dict[str, object]] = {
+    "llama": {
+        "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "qwen2": {
+        "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "gpt2": {"vocab_size": 500, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}  # fmt: skip
 KINDS = {"float32": "float32", "bfloat16": None, "bfloat16, summed in float32": "float32"}
 
 
@@ -111,7 +122,7 @@ def main() -> None:
         rows = mergekit_rows(folder, python) + spread_rows(folder, python) + peft_rows(folder, python)
     for row in rows:
         print(json.dumps(row))
-    record.write("exactness", {"peers": list(PEERS), "same": SAME, "rows": rows})
+    record.write("exactness", {"peers": list(PEERS), "shapes": list(SHAPES), "same": SAME, "rows": rows})
 
 
 def peer_python(folder: Path) -> Path:
@@ -124,21 +135,16 @@ def peer_python(folder: Path) -> Path:
     return python
 
 
-def make_models(folder: Path, dtype: torch.dtype) -> None:
-    """A small random Llama and three experts near it, spread as fine-tuning spreads: a few entries move far."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_models(folder: Path, shape: str, dtype: torch.dtype) -> None:
+    """A small random model and three experts near it, spread as fine-tuning spreads: a few entries move far."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
     torch.manual_seed(0)
-    base = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(shape, **SHAPES[shape], bos_token_id=0, eos_token_id=0)
+    base = AutoModelForCausalLM.from_config(config)
+    for name, weight in base.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_(0, 0.02)
     base.to(dtype).save_pretrained(folder / "base")
     base.float()
     for task in TASKS:
@@ -184,42 +190,57 @@ def load(folder: Path) -> Model:
 
 
 def mergekit_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
-    """One row per method and type."""
+    """One row per method and type: the worst of all shapes."""
     rows = []
     for kind, dtype in KINDS.items():
         stored = torch.float32 if kind == "float32" else torch.bfloat16
-        folder = scratch / str(stored).removeprefix("torch.")
-        if not (folder / "base").is_dir():
-            make_models(folder, stored)
-        files = {method: document(folder, method, dtype) for method in METHODS}
-        failed = merge_both(folder, python, list(files.values()))
-        for method, file in files.items():
-            row: dict[str, object] = {"peer": PEERS[0], "method": method, "dtype": kind, "note": NOTES.get(method, "")}
-            if str(file) in failed:
-                rows.append({**row, "failed": failed[str(file)]})
-            else:
-                rows.append({**row, **differences(folder, file)})
+        found = [
+            shape_rows(scratch / shape / str(stored).removeprefix("torch."), shape, dtype, python) for shape in SHAPES
+        ]
+        for method in METHODS:
+            notes = [NOTES.get(method, ""), SUMS if dtype is None and method in ELECTED else ""]
+            row: dict[str, object] = {"peer": PEERS[0], "method": method, "dtype": kind}
+            row |= {key: max(each[method][key] for each in found) for key in ("worst", "beyond")}
+            rows.append(row | {"note": "; ".join(filter(None, notes))})
     return rows
 
 
-def differences(folder: Path, file: Path) -> dict[str, object]:
-    """The worst entry outside of ties at a threshold, and the share of entries in such ties that differ."""
+def shape_rows(folder: Path, shape: str, dtype: str | None, python: Path) -> dict[str, dict[str, float]]:
+    """Per method how far the two tools are apart on models of one shape, stored as the folder's name says."""
+    if not (folder / "base").is_dir():
+        folder.mkdir(parents=True)
+        make_models(folder, shape, getattr(torch, folder.name))
+    files = {method: document(folder, method, dtype) for method in METHODS}
+    failed = merge_both(folder, python, list(files.values()))
+    if failed:
+        sys.exit(f"mergekit could not merge: {failed}")
+    return {method: differences(folder, file) for method, file in files.items()}
+
+
+def differences(folder: Path, file: Path) -> dict[str, float]:
+    """The worst entry outside of ties at a threshold, and the share of all entries that differ beyond rounding."""
     ours, theirs, base = (
         load(path) for path in (file.with_suffix(".ours"), file.with_suffix(".theirs"), folder / "base")
     )
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
     experts = {task: load(folder / task) for task in TASKS}
-    config = from_mergekit(str(file), MergeConfig("", {}, ""))
-    worst, apart, entries = 0.0, 0, 0
+    config, _ = from_mergekit(str(file), MergeConfig("", {}, ""))
+    worst, beyond, entries = 0.0, 0, 0
     for name, tensor in base.items():
         assert ours[name].dtype == theirs[name].dtype
         taus = torch.stack([expert[name].double() - tensor.double() for expert in experts.values()]).flatten(1)
         relative = (ours[name].double() - theirs[name].double()).abs().flatten() / taus.abs().max().clamp(min=1e-30)
         tied = at_threshold(taus, options_for(find_method(config.method), name, config.options, config.overrides))
         worst = max(worst, torch.where(tied, 0.0, relative).max().item())
-        apart += int((relative[tied] > SAME).sum())
+        beyond += int((relative > rounding(theirs[name], taus)).sum())
         entries += relative.numel()
-    return {"worst": worst, "tied_share": apart / entries}
+    return {"worst": worst, "beyond": beyond / entries}
+
+
+def rounding(merged: Tensor, taus: Tensor) -> Tensor:
+    """How much of the largest entry of ``taus [T, n]`` is rounding, ``[n]``: two last places of what is stored."""
+    places = 2 * torch.finfo(merged.dtype).eps * merged.double().abs().flatten()
+    return (places / taus.abs().max().clamp(min=1e-30)).clamp(min=SAME)
 
 
 def at_threshold(taus: Tensor, options: Mapping[str, object]) -> Tensor:
@@ -243,7 +264,7 @@ def at_threshold(taus: Tensor, options: Mapping[str, object]) -> Tensor:
 
 def spread_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
     """Methods that draw at random, with half of all entries dropped: the energy of what was merged."""
-    folder = scratch / "float32"
+    folder = scratch / "llama" / "float32"
     files = {
         method: document(folder, method, "float32", {"density": 0.5, **({"epsilon": 0.2} if "della" in method else {})})
         for method in RANDOM
@@ -258,7 +279,9 @@ def spread_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
             merged = load(file.with_suffix(suffix))
             moved.append(torch.cat([(merged[name].double() - base[name].double()).flatten() for name in base]))
         ratio = (moved[0].square().sum() / moved[1].square().sum()).item()
-        note = "half of the entries dropped: the ratio of the energies of the merged task vectors, less 1"
+        note = (
+            "half of the entries dropped by each tool's own masks: the ratio of the energies of what was merged, less 1"
+        )
         rows.append(
             {"peer": PEERS[0], "method": f"{method}, random", "dtype": "float32", "worst": abs(ratio - 1), "note": note}
         )
@@ -269,10 +292,10 @@ def peft_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
     """peft's functions on task vectors, laid end to end."""
     rows = []
     for kind in ("float32", "bfloat16"):
-        base = load(scratch / kind / "base")
+        base = load(scratch / "llama" / kind / "base")
         taus = torch.stack([
             torch.cat([(expert[name].float() - base[name].float()).flatten() for name in base])
-            for expert in (load(scratch / kind / task) for task in TASKS)
+            for expert in (load(scratch / "llama" / kind / task) for task in TASKS)
         ])  # fmt: skip
         zero, experts = {"w": torch.zeros(taus.shape[1])}, {t: {"w": tau} for t, tau in zip(TASKS, taus, strict=True)}
         plus = {"scope": "tensor", "cancelled": "plus", "density": 0.3}
@@ -294,11 +317,11 @@ def peft_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
         for method, theirs in load_file(scratch / "peft-out.safetensors").items():
             relative = (ours[method] - theirs).abs() / taus.abs().max()
             out = tied if method in ("ties", "magnitude_prune") else torch.zeros_like(tied)
-            apart = int((relative[out] > SAME).sum()) / relative.numel()
-            note = NOTES["ties"].replace("mergekit", "peft") if method in ("ties", "magnitude_prune") else ""
+            beyond = int((relative > SAME).sum()) / relative.numel()
+            note = TIED.replace("mergekit", "peft") if method in ("ties", "magnitude_prune") else ""
             rows.append({
                 "peer": "peft", "method": method, "dtype": kind, "worst": relative[~out].max().item(),
-                "tied_share": apart, "note": note,
+                    "beyond": beyond, "note": note,
             })  # fmt: skip
     return rows
 

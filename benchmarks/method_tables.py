@@ -18,7 +18,7 @@ Entry = Mapping[str, object]
 def methods_tables() -> str:
     """One table a suite, then time and memory; empty where nothing was measured."""
     parts = [_accuracy(suite, what) for suite, what in SUITES.items()]
-    parts.append(_cost())
+    parts += [_cost(), _exactness()]
     measured = "\n".join(part for part in parts if part)
     return f"\n## Measured\n\n{_HEAD}\n{measured}" if measured else ""
 
@@ -61,3 +61,38 @@ def _cost() -> str:
         ours = sides["retex"]
         text += row([method, f"{ours['wall_s']:.1f}", f"{ours['cpu_s']:.1f}", f"{ours['anon_mb']:.0f}"])
     return text + "\n" + source("merge_speed", result) + "\n"
+
+
+def _exactness() -> str:
+    """The same merges by mergekit and peft: one row per method, the worst entry per type."""
+    name = "exactness"
+    result = load(name)
+    if result is None:
+        return ""
+    rows, peers, shapes = result["rows"], result["peers"], result["shapes"]
+    assert isinstance(rows, list)
+    assert isinstance(peers, list)
+    assert isinstance(shapes, list)
+    kinds = list(dict.fromkeys(entry["dtype"] for entry in rows))
+    text = (
+        f"### The same tensors as {' and '.join(peers)} (with its peft)\n\n`retex merge --config` on mergekit's own "
+        f"files, small models of the shapes {', '.join(shapes)}: the largest difference of an entry, "
+        "relative to the largest of the tensor's task vectors, outside of ties at a threshold; in brackets the share of "
+        "all entries that differ by more than rounding.\n\n"
+    )
+    text += row(["peer", "method", *kinds, "where they differ"]) + "|---" * (3 + len(kinds)) + "|\n"
+    for peer, method in dict.fromkeys((entry["peer"], entry["method"]) for entry in rows):
+        mine = {entry["dtype"]: entry for entry in rows if (entry["peer"], entry["method"]) == (peer, method)}
+        note = max((entry["note"] for entry in mine.values()), key=len)
+        text += row([peer, method, *(_difference(mine.get(kind)) for kind in kinds), note])
+    return text + "\n" + source(name, result) + "\n"
+
+
+def _difference(row: dict[str, object] | None) -> str:
+    if row is None:
+        return ""
+    worst, beyond = row["worst"], row.get("beyond", 0.0)
+    assert isinstance(worst, float)
+    assert isinstance(beyond, float)
+    text = "0" if worst == 0 else f"{worst:.0e}"
+    return f"{text} ({100 * beyond:.2g} %)" if beyond else text

@@ -56,6 +56,8 @@ model = "package.module:function"                # only for models that transfor
 method = "ties"
 density = 0.2                                    # options of the method stand beside it
 dtype = "float32"                                # as --dtype; also max_shard_size, allow_missing
+[merge.weight]                                   # an option that may differ between tasks; "*" for the others
+cars = 1.5
 [merge.override."*.bias"]                        # options for the parameters whose names match
 density = 1.0
 
@@ -106,7 +108,12 @@ _METHODS = """\
 
 `retex merge --method NAME`. Options are given as flags (`--density 0.3`), as `--set NAME=VALUE`, or beside `method` in
 `retex.toml`; what is left out gets the paper's default, printed. For parameters whose names match a glob:
-`--set '*.bias:density=1'`, or `[merge.override."*.bias"]`.
+`--set '*.bias:density=1'`, or `[merge.override."*.bias"]`. What may differ between tasks (†) takes a number per task:
+`--density 0.3 --density cars=0.5`, `--weight cars=2`, or a table `[merge.weight]`.
+
+`retex merge --config FILE` reads mergekit's YAML (0.1.5) and computes what mergekit computes: linear, slerp,
+task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, model_stock and sce,
+with weights, densities, filters, lists over the layers and types. Anything else in the file is refused by name.
 
 `--alpha auto` chooses the scale without labels: two merges, at 0 and at 1, give the merge at every scale, and the one
 whose answers agree best with the experts' on a held-out quarter of every task's `inputs` is taken. `--alpha validation`
@@ -153,7 +160,7 @@ def methods_page() -> str:
 
 
 def _method(method: Method) -> str:
-    options = "<br>".join(f"`{o.name}` ({o.default}): {o.help}" for o in method.options)
+    options = "<br>".join(f"`{o.name}`{'†' if o.per_task else ''} ({o.default}): {o.help}" for o in method.options)
     needs = f"{method.samples} inputs a task" if method.needs_inputs else method.needs
     cells = (f"[{method.name}]({method.link})", method.title, options, _MEMORY[method.granularity], needs)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"

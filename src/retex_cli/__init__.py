@@ -84,6 +84,7 @@ def merge(
     threads: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    config: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge ``experts`` (task name to reference) into one checkpoint of the base's shape.
@@ -91,11 +92,12 @@ def merge(
     ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
     ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's. ``inputs`` and ``validation``
     (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="measure"`` asks for them; ``model``
-    is "package.module:function" for networks that transformers does not build.
+    is "package.module:function" for networks that transformers does not build. With
+    ``config``, a mergekit file, that says what is merged and how: ``base`` and ``experts`` are empty then.
     """
     from retex_cli.commands import merge as command
 
-    config = command.MergeConfig(
+    settings = command.MergeConfig(
         base=base,
         experts=experts,
         output=output,
@@ -117,8 +119,9 @@ def merge(
         threads=threads,
         seed=seed,
         overwrite=overwrite,
+        config=config,
     )
-    return command.run(command.plan(config), progress or Silent())
+    return command.run(command.plan(settings), progress or Silent())
 
 
 def fit_offsets(

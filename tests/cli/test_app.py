@@ -98,7 +98,7 @@ def test_nothing_typed_is_help(retex) -> None:
         (["recover", "--taks", "cars"], ["--taks", "--task"]),
         (["merge", "--device", "gpu"], ["--device", "gpu", "auto", "cuda"]),
         (["merge", "--threads", "0"], ["--threads"]),
-        (["merge", "--density", "much"], ["--density", "number"]),
+        (["merge", "--density", "a=1", "--density", "a=2"], ["--density", "twice"]),
         (["build-signatures", "--samples", "3"], ["--samples", "32"]),
         (["merge", "--expert"], ["--expert"]),
         (["merge", "--expert", "cars"], ["--expert", "cars", "NAME=VALUE"]),

@@ -101,13 +101,20 @@ SPELT = {"cars": "x", "dtd": "y"}
         (("merge", "--base", "b", *EXPERTS, "-o", "x.safetensors"), {"output": "x.safetensors"}),
         (
             (
-                "merge --base b --expert cars=x --method ties --scope tensor --density 0.5 --alpha auto --set k=3"
+                "merge --base b --expert cars=x --method ties --scope tensor --density 0.5 --density cars=0.6"
+                " --weight cars=2 --alpha auto --set k=3"
                 " --set *.w:density=1 --dtype bfloat16 --max-shard-size 600MB --max-memory 1GiB --allow-missing p"
                 " --allow-missing q --allow-unrelated --device cpu --threads 3 --seed 7 --overwrite"
             ).split(),
             {
                 "method": "ties",
-                "options": {"scope": "tensor", "density": 0.5, "alpha": "auto", "k": 3},
+                "options": {
+                    "scope": "tensor",
+                    "density": {"*": 0.5, "cars": 0.6},
+                    "weight": {"cars": 2},
+                    "alpha": "auto",
+                    "k": 3,
+                },
                 "overrides": {"*.w": {"density": 1}},
                 "dtype": "bfloat16",
                 "max_shard_size": 600_000_000,

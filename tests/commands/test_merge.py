@@ -136,7 +136,7 @@ def test_the_header_remembers_the_whole_recipe(family: dict[str, str], tmp_path:
     assert (metadata["format"], metadata["retex.format"]) == ("pt", "retex.merged")
     recipe = json.loads(metadata["retex.recipe"])
     assert recipe["method"] == "ties"
-    assert recipe["options"] == {"density": 0.2, "alpha": 0.7, "scope": "global"}
+    assert recipe["options"] == METHODS["ties"].resolve({"alpha": 0.7})
     assert recipe["overrides"] == overrides
     assert recipe["seed"] == 3
     digest = hashlib.sha256(Path(family["cars"], "model.safetensors").read_bytes()).hexdigest()
@@ -147,6 +147,31 @@ def test_the_header_remembers_the_whole_recipe(family: dict[str, str], tmp_path:
     }
     assert digest in report.to_json()["sha256"].values()  # type: ignore[attr-defined]
     assert "pending" not in metadata["retex.recipe"]
+
+
+def test_what_an_option_gives_to_single_tasks_is_remembered_task_by_task(
+    family: dict[str, str], tmp_path: Path
+) -> None:
+    out, options = tmp_path / "merged.safetensors", {"weight": {"cars": 3}}
+    made = plan(config(family, out, method="average", options=options))
+    assert "weight={cars: 3, dtd: 1}" in made.report().lines()[0]
+    run(made)
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["retex.recipe"])["options"]["weight"] == {"cars": 3.0, "dtd": 1.0}
+    name = "encoder.layer.0.attention.query.weight"
+    cars, dtd = (load_file(family[task] + "/model.safetensors")["bert." + name] for task in ("cars", "dtd"))
+    torch.testing.assert_close(load_file(out)[name], (3 * cars + dtd) / 4)
+
+
+def test_an_option_for_a_task_that_is_not_merged_is_refused(family: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names the task 'car'") as caught:
+        plan(config(family, tmp_path / "m", method="ties", options={"density": {"car": 0.5}}))
+    assert "cars" in str(caught.value.hint)
+
+
+def test_the_base_may_be_an_expert_too(family: dict[str, str], tmp_path: Path) -> None:
+    report = run(plan(config({**family, "self": family["base"]}, tmp_path / "merged")))
+    assert report.ratios["self"] == 0.0
 
 
 def test_a_folder_carries_side_files_and_a_model_card(family: dict[str, str], tmp_path: Path) -> None:
@@ -201,7 +226,8 @@ def test_a_dry_run_tells_and_writes_nothing(family: dict[str, str], tmp_path: Pa
 def test_defaults_that_nobody_gave_are_said_with_their_paper(family: dict[str, str], tmp_path: Path) -> None:
     progress = Notes()
     run(plan(config(family, tmp_path / "merged", method="ties", options={"density": 0.3})), progress)
-    assert progress.notes == ["ties: alpha=1.0, scope=global (default, from https://arxiv.org/abs/2306.01708)"]
+    said = "ties: alpha=1.0, scope=global, weight=1.0, normalise=True, cancelled=zero"
+    assert progress.notes == [f"{said} (default, from https://arxiv.org/abs/2306.01708)"]
     assert progress.steps == progress.total == 6
 
 

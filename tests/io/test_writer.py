@@ -302,12 +302,16 @@ def test_placeholders_are_patched_in_every_header(tmp_path: Path) -> None:
     assert same(read_all(tmp_path / "m"))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("@@@@", "123"), ("@@@@", "12ä4"), ("@@@@", '12"4'), ("nope", "1234"), ("twin", "1234")]
-)
+@pytest.mark.parametrize(("old", "new"), [("@@@@", "123"), ("@@@@", "12ä4"), ("@@@@", '12"4'), ("nope", "1234")])
 def test_a_patch_that_would_break_the_header_is_a_bug(tmp_path: Path, old: str, new: str) -> None:
-    with pytest.raises(ValueError, match=r"patch|times in the header"):
+    with pytest.raises(ValueError, match=r"patch|not in the header"):
         write(tmp_path / "m", metadata={"a": "@@@@ twin twin"}, meanwhile=lambda writer: writer.patch(old, new))
+
+
+def test_a_patch_reaches_every_place_in_the_header(tmp_path: Path) -> None:
+    write(tmp_path / "m", metadata={"a": "twin and twin"}, meanwhile=lambda writer: writer.patch("twin", "1234"))
+    with safe_open(next((tmp_path / "m").glob("*.safetensors")), "pt") as file:
+        assert file.metadata()["a"] == "1234 and 1234"
 
 
 def test_a_side_file_cannot_leave_the_folder(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from retex_cli.cli.perform import perform
 from retex_cli.cli.values import model_of, pairs, per_task, scalar, settings, size
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, SIGNATURES, MergeSection, Workspace
-
-if TYPE_CHECKING:
-    from retex_cli.commands.merge import MergeConfig
 
 Overrides = dict[str, dict[str, object]]
 
@@ -117,19 +114,17 @@ def merge(
         "alpha": None if alpha is None else scalar(alpha),
     }
     common, by_glob = settings(setting, "--set")
-    shard = size(str(max_shard_size or space.merge.max_shard_size or "5GB"), "--max-shard-size")
-    memory = None if max_memory is None else size(max_memory, "--max-memory")
     given = pairs(expert, "--expert")
-    if config is None:
-        start, experts = space.need_base(base), space.with_experts(given)
-    else:
-        start, experts = "", {}
+    if config is not None:
         _config_alone({"base": base, "expert": given or None, "method": method, "set": setting or None, **flags})
         space = _without_merge_section(space)
     chosen, options, overrides = method_options(space.merge, method, {**flags, **common}, by_glob)
+    shard = size(str(max_shard_size or space.merge.max_shard_size or "5GB"), "--max-shard-size")
+    memory = None if max_memory is None else size(max_memory, "--max-memory")
+    start, experts = ("", {}) if config is not None else (space.need_base(base), space.with_experts(given))
     from retex_cli.commands import merge as command
 
-    what = command.MergeConfig(
+    settled = command.MergeConfig(
         base=start,
         experts=experts,
         output=output or space.path(MERGED),
@@ -151,10 +146,11 @@ def merge(
         threads=threads,
         seed=seed,
         overwrite=overwrite,
+        config=config,
     )
     said = {method, *(name for name, value in flags.items() if value is not None), *common, *by_glob}
     with _blaming_the_file(space, said):
-        perform(command.plan, command.run, what if config is None else _read_config(config, what), how)
+        perform(command.plan, command.run, settled, how)
 
 
 def _config_alone(flags: Mapping[str, object]) -> None:
@@ -168,12 +164,6 @@ def _without_merge_section(space: Workspace) -> Workspace:
     if space.merge != MergeSection():
         note(f"{space.where}: [merge] is not used with --config")
     return replace(space, merge=MergeSection())
-
-
-def _read_config(file: str, settings: MergeConfig) -> MergeConfig:
-    from retex_cli.commands.merge_config import from_mergekit
-
-    return from_mergekit(file, settings)
 
 
 @contextmanager

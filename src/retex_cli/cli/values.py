@@ -80,7 +80,8 @@ def per_task(items: Iterable[str] | None, option: str) -> object:
         if sign:
             check_task_name(name, option)
         if (name or "*") in found:
-            raise UsageError(f"{option} is given twice" + (f" for task {name!r}" if name else ""))
+            whom = f"for task {name!r}" if name else "for all tasks"
+            raise UsageError(f"{option} is given twice {whom}", f"for example {option} 0.5 {option} cars=0.7")
         found[name or "*"] = scalar(value)
     return found.get("*") if set(found) <= {"*"} else found
 

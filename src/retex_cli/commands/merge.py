@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from retex_cli.commands.expert_models import ExpertModels
+from retex_cli.commands.merge_config import from_mergekit
 from retex_cli.commands.merge_inputs import AVERAGE, InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
 from retex_cli.commands.merge_plan import (
     Origin,
@@ -24,6 +25,7 @@ from retex_cli.commands.merge_plan import (
     account_for,
     check_accounts,
     config_with_dtype,
+    left_out,
     placeholder,
 )
 from retex_cli.commands.merge_report import MergeReport, model_card
@@ -49,9 +51,9 @@ class MergeConfig:
     ``experts`` maps task names to references (file, folder, Hub id or LoRA adapter). ``options`` are the method's,
     ``overrides`` maps globs over the base's tensor names to options that differ there. ``max_memory`` bounds the bytes
     of the tensors held at once. ``allow_missing`` are globs of base parameters that an expert may lack,
-    ``allow_unrelated`` lets experts through that were not tuned from this base. ``origin`` is the foreign
-    configuration that all this was read from, if it was. ``inputs`` and ``validation`` map task names to files, for
-    merges that measure on them (``samples`` inputs of a task; see ``commands.merge_inputs``).
+    ``allow_unrelated`` lets experts through that were not tuned from this base. ``config`` is a mergekit file that says
+    all this in place of ``base``, ``experts``, ``method``, ``options`` and ``overrides``. ``inputs`` and ``validation``
+    map task names to files, for merges that measure on them (``samples`` inputs of a task; see ``merge_inputs``).
     """
 
     base: str
@@ -75,7 +77,7 @@ class MergeConfig:
     threads: int | None = None
     seed: int = 0
     overwrite: bool = False
-    origin: Origin | None = None
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class MergePlan:
     output: Output
     budget: int
     inputs: InputsPlan
+    origin: Origin | None = None
 
     def report(self) -> MergeReport:
         """What would happen, from the headers."""
@@ -100,7 +103,7 @@ class MergePlan:
             method=self.method,
             options=plain(self.method.resolve(self.config.options), list(self.experts)),
             overrides=_plain_overrides(self.config, self.method),
-            origin=self.config.origin,
+            origin=self.origin,
             seed=self.config.seed,
             accounts=account_for(self.base, self.experts, self.alignments, self.steps, self.specs),
             bytes_in=sum(checkpoint.nbytes for checkpoint in (self.base, *self.experts.values())),
@@ -111,6 +114,9 @@ class MergePlan:
 
 def plan(config: MergeConfig) -> MergePlan:
     """Open, match, check. ``UsageError`` for what cannot be meant, ``RetexError`` for inputs that do not fit."""
+    origin = None
+    if config.config is not None:
+        config, origin = from_mergekit(config.config, config)
     method = find_method(config.method)
     _check_tasks(config, method)
     check_tasks(method, (config.options, *config.overrides.values()), config.experts)
@@ -121,6 +127,8 @@ def plan(config: MergeConfig) -> MergePlan:
     experts = {task: open_expert(config.experts[task], base) for task in sorted(config.experts)}
     alignments = {task: align(base, e, allow_missing=config.allow_missing) for task, e in experts.items()}
     check_accounts(base, experts, alignments)
+    if origin is not None:
+        origin = replace(origin, notes=(*origin.notes, *left_out(alignments)))
     specs = tuple(
         TensorSpec(name, dtype if dtype and info.dtype.is_floating_point else info.dtype, info.shape)
         for name, info in base.tensors.items()
@@ -133,7 +141,7 @@ def plan(config: MergeConfig) -> MergePlan:
     inputs = [path for checkpoint in (base, *experts.values()) for path in checkpoint.files]
     output.check(config.overwrite, inputs, sum(spec.nbytes for spec in specs))
     room = _budget(config, method, steps)
-    return MergePlan(config, method, base, experts, alignments, steps, specs, output, room, data)
+    return MergePlan(config, method, base, experts, alignments, steps, specs, output, room, data, origin)
 
 
 def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
@@ -186,7 +194,7 @@ def _plain_overrides(config: MergeConfig, method: Method) -> dict[str, dict[str,
 
 
 def _check_overrides(config: MergeConfig, method: Method, merged: list[str]) -> None:
-    for pattern, options in config.overrides.items() if config.origin is None else ():
+    for pattern, options in config.overrides.items() if config.config is None else ():
         method.resolve(options)
         if not any(overridden(name, pattern) for name in merged):
             raise UsageError(
@@ -243,7 +251,7 @@ def _budget(config: MergeConfig, method: Method, steps: tuple[Merge | Copy, ...]
 
 def _announce(plan: MergePlan, progress: Progress) -> None:
     """Say what nobody asked for: defaults from the paper, a device that is not there."""
-    for line in plan.config.origin.notes if plan.config.origin else ():
+    for line in plan.origin.notes if plan.origin else ():
         progress.note(line)
     options = plan.method.resolve(plan.config.options)
     left = [f"{o.name}={options[o.name]}" for o in plan.method.options if o.name not in plan.config.options]
@@ -315,7 +323,7 @@ def _recipe(plan: MergePlan, prepared: Prepared, hashes: Mapping[Path, str] | No
         method=plan.method,
         options=plain(plan.method.resolve(config.options), list(plan.experts)),
         overrides=_plain_overrides(config, plan.method),
-        origin=config.origin,
+        origin=plan.origin,
         seed=config.seed,
         dtype=config.dtype,
         allowed={

@@ -1,9 +1,9 @@
 """What a mergekit file asks for, as a merge of retex: method, options per task and per tensor, type, inputs.
 
-The rules below say which of mergekit's methods (0.1.5) is which of ours, and with which options ours gives the same
-tensors. Parameters are looked up as mergekit does: the model's own, the slice's, the file's, then the default; the
-first filter that is part of the tensor's name decides; a list is interpolated over the layers of the model, and what
-lies outside of them takes its first value. What mergekit would silently ignore because it is misspelt is refused.
+``mergekit_rules`` says which of its methods is which of ours. Parameters are looked up as mergekit does: the model's
+own, the slice's, the file's, then the default; the first filter that is part of the tensor's name decides; a list is
+interpolated over the layers of the model, and what lies outside of them takes its first value. What mergekit would
+silently ignore because it is misspelt is refused.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from retex_cli.commands.merge import MergeConfig
 from retex_cli.commands.merge_plan import Origin
-from retex_cli.errors import RetexError
+from retex_cli.commands.mergekit_rules import OTHERS, PARAMETERS, RULES, Rule
+from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.mergekit_config import (
     Input,
@@ -36,97 +37,18 @@ from retex_cli.io.mergekit_config import (
 from retex_cli.io.naming import is_buffer
 from retex_cli.merging.depth import block_of
 
+if TYPE_CHECKING:
+    from retex_cli.commands.merge import MergeConfig
+
 Options = dict[str, object]
-REQUIRED = None
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One of mergekit's methods as one of ours.
-
-    ``shared`` and ``each``: mergekit's parameter, for all models or per model -> our option and mergekit's default
-    (``REQUIRED`` where it has none). ``fixed`` are options that make ours compute as theirs; ``unused`` are parameters
-    that mergekit reads without effect. ``inputs`` says whether the base is merged too.
-    """
-
-    method: str
-    semantics: str
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    shared: Mapping[str, tuple[str, float | bool | None]] = field(default_factory=dict)
-    each: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    inputs: bool = False
-
-
-def _arithmetic(
-    method: str,
-    semantics: str,
-    fixed: Mapping[str, object],
-    normalise: bool,
-    rescale: bool = False,
-    more: Mapping[str, tuple[str, float | None]] | None = None,
-) -> Rule:
-    """A method of mergekit's family: sparsify, weigh, perhaps elect signs, add up."""
-    shared = {"lambda": ("alpha", 1.0), "normalize": ("normalise", normalise), "rescale": ("rescale", rescale)}
-    each = {"weight": ("weight", REQUIRED), "density": ("density", 1.0), **(more or {})}
-    return Rule(method, semantics, fixed, shared, each, ("int8_mask",))
-
-
-_PLUS = {"cancelled": "plus"}
-_ELECTED = "weights before the election, a sum of exactly 0 counts as positive"
-_RANDOM = "scaled to the L1 norm before the drop, masks of retex's own (--seed)"
-_GAMMA: Mapping[str, tuple[str, float | None]] = {"gamma": ("gamma", 0.01)}
-_EPSILON: Mapping[str, tuple[str, float | None]] = {"epsilon": ("window", 0.15)}
-
-RULES: Mapping[str, Rule] = {
-    "linear": Rule(
-        "average",
-        "weights of the models themselves",
-        shared={"normalize": ("normalise", True)},
-        each={"weight": ("weight", REQUIRED)},
-        inputs=True,
-    ),
-    "slerp": Rule(
-        "slerp", "from base_model to the other model, per tensor", shared={"t": ("t", REQUIRED)}, inputs=True
-    ),
-    "task_arithmetic": Rule(
-        "task_arithmetic",
-        "a weight per model, not divided by their sum",
-        shared={"lambda": ("alpha", 1.0), "normalize": ("normalise", False)},
-        each={"weight": ("weight", REQUIRED)},
-        unused=("int8_mask", "density", "rescale"),
-    ),
-    "ties": _arithmetic("ties", f"top-k per tensor, {_ELECTED}", {"scope": "tensor", **_PLUS}, True),
-    "dare_linear": _arithmetic("dare", _RANDOM, {}, False, True),
-    "dare_ties": _arithmetic("dare_ties", f"a sum of what agrees, {_ELECTED}, {_RANDOM}", _PLUS, False, True),
-    "della": _arithmetic("della", f"{_ELECTED}, {_RANDOM}", {"elect": True, **_PLUS}, True, True, _EPSILON),
-    "della_linear": _arithmetic("della", f"no election, {_RANDOM}", {"elect": False}, False, True, _EPSILON),
-    "breadcrumbs": _arithmetic("breadcrumbs", "a weighted sum", {"elect": False}, False, more=_GAMMA),
-    "breadcrumbs_ties": _arithmetic(
-        "breadcrumbs", f"a sum of what agrees, {_ELECTED}", {"elect": True, **_PLUS}, False, more=_GAMMA
-    ),
-    "model_stock": Rule(
-        "model_stock",
-        "products of norms below 1e-6 taken for 1e-6",
-        {"floor": 1e-6},
-        {"filter_wise": ("filter_wise", False)},
-    ),
-    "sce": Rule(
-        "sce",
-        "the share is of entries that differ, equal weights below a mean square of 1e-6, sums of 0 count as positive",
-        {"of": "differing", "floor": 1e-6, **_PLUS},
-        {"select_topk": ("density", 1.0)},
-        unused=("int8_mask",),
-    ),
-}
-OTHERS = ("nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion", "passthrough", "ram", "ramplus_tl")
-_PARAMETERS = {name for rule in RULES.values() for name in (*rule.shared, *rule.each, *rule.unused)}
-
-
-def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
+def from_mergekit(path: str, settings: MergeConfig) -> tuple[MergeConfig, Origin]:
     """``settings`` with what mergekit's file at ``path`` says about what is merged, and how; its models' headers are
     opened for that. A ``dtype`` in ``settings`` beats the file's. ``RetexError`` for what cannot be honoured.
     """
+    if settings.base or settings.experts or settings.options or settings.overrides:
+        raise UsageError(f"{path} says what is merged, and how", "give no base, experts or options beside it")
     config = read_mergekit(Path(path))
     rule = RULES.get(config.method)
     if rule is None:
@@ -148,7 +70,7 @@ def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
     options, overrides = _common(by_tensor)
     if config.tokenizer:
         notes.append(f"{path}: {config.tokenizer}: the base's is kept; a token id means the same token in every model")
-    return replace(
+    translated = replace(
         settings,
         base=base,
         experts={task: _expert_path(config, entry, base) for task, entry in experts.items()},
@@ -156,8 +78,8 @@ def from_mergekit(path: str, settings: MergeConfig) -> MergeConfig:
         options=options,
         overrides=overrides,
         dtype=settings.dtype or dtype,
-        origin=Origin(path, config.sha256, tuple(notes)),
     )
+    return translated, Origin(path, config.sha256, tuple(notes))
 
 
 def _models(config: MergekitConfig, rule: Rule) -> tuple[str, dict[str, Input]]:
@@ -212,8 +134,8 @@ def _check_names(config: MergekitConfig, rule: Rule) -> list[str]:
     scopes += [(f"{entry.place}.parameters", entry.parameters, False) for entry in config.inputs]
     for place, parameters, shared in scopes:
         for name in parameters:
-            if name not in _PARAMETERS:
-                config.fail(f"{place}.{name}", "is not a parameter that mergekit knows", closest(name, _PARAMETERS))
+            if name not in PARAMETERS:
+                config.fail(f"{place}.{name}", "is not a parameter that mergekit knows", closest(name, PARAMETERS))
             if name in rule.shared and not shared:
                 config.fail(f"{place}.{name}", "is not read there by mergekit", "move it to parameters at the top")
             if name not in rule.shared and name not in rule.each:

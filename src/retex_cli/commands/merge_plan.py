@@ -88,6 +88,18 @@ def check_accounts(base: Checkpoint, experts: Mapping[str, Checkpoint], alignmen
                 )
 
 
+def left_out(alignments: Mapping[str, Alignment]) -> list[str]:
+    """Notes on what mergekit would merge or stumble over, and retex does not merge: tensors and rows of one task."""
+    notes = []
+    for task, found in alignments.items():
+        rows = [f"rows of {name} from {common} on" for name, common in found.rows.items()]
+        names = [*found.task, *rows]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"{task}: not in the base and not merged: {', '.join(names[:3])}{more}")
+    return notes
+
+
 def account_for(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],

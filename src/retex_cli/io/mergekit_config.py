@@ -188,14 +188,15 @@ class _Reader:
             lora = entry.get("lora")
             model = self._path(entry.get("model"), f"{place}.model")
             return Reference(model, None if lora is None else self._path(lora, f"{place}.lora"))
-        text = found if isinstance(found, str) else ""
-        model, plus, lora = ("", "", "") if not text else (text, "", "") if Path(text).exists() else text.partition("+")
+        if not isinstance(found, str) or Path(found).expanduser().exists():
+            return Reference(self._path(found, place))
+        model, plus, lora = found.partition("+")
         return Reference(self._path(model, place), self._path(lora, place) if plus else None)
 
     def _path(self, found: object, place: str) -> str:
         if isinstance(found, dict):
             entry = self._mapping(found, place, ("path", "revision"))
-            path, revision = self._path(entry.get("path"), f"{place}.path"), entry.get("revision")
+            path, revision = self._path(entry.get("path"), f"{place}.path"), self._text(entry, "revision")
             return path if revision is None else f"{path}@{revision}"
         if not isinstance(found, str) or not found:
             self._fail(place, f"is {found!r}", "it must be a folder, a file or a hub id")
