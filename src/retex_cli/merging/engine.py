@@ -294,7 +294,7 @@ def _merge(step: Merge, kernel: Kernel, length: int, start: int, stop: int) -> T
     out = torch.empty(stop - start, dtype=step.dtype)
     device = step.view.device
     for at in range(start, stop, length):
-        base, experts = step.view.load(at, min(length, stop - at))
+        base, experts = step.view.load(at, min(length, stop - at), kernel.base_only)
         if device.type != "cpu":
             base, experts = base.to(device), experts.to(device)
         out[at - start : at - start + base.numel()] = kernel.merge(base, experts, at)
