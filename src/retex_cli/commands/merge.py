@@ -236,13 +236,13 @@ def _check_related(plan: MergePlan) -> dict[str, float]:
 
 
 def _stream(plan: MergePlan, writer: Writer, progress: Progress) -> None:
-    progress.start("merging", len(plan.steps))
     stream(
         plan.method,
         plan.steps,
         writer,
         threads=plan.config.threads,
         budget=plan.budget,
+        begin=progress.start,
         advance=progress.advance,
     )
 
