@@ -91,7 +91,9 @@ def _held(view: View, rows: int, columns: int, merge_aligned: Callable[[Tensor],
     for tau in held:
         add_gram(gram, tau.to(view.device, torch.float64).T)
     _, basis = spectrum(mirror(gram))
-    coordinates = torch.stack([(basis.T @ tau.to(view.device, torch.float64)).cpu() for tau in held])
+    coordinates = torch.empty(len(held), basis.shape[1], columns)
+    for tau, out in zip(held, coordinates, strict=True):
+        out.copy_(basis.T @ tau.to(view.device, torch.float64))
     del held
     return product(view, basis, merge_aligned(coordinates).to(view.device), 1.0)
 
