@@ -9,7 +9,7 @@ import torch
 
 from retex_cli.errors import RetexError
 from retex_cli.merging import engine, view
-from retex_cli.merging.engine import Copy, Merge, Pool, stream
+from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.memory import Held, merge_tensors
 from retex_cli.merging.table import METHODS, find_method
 from retex_cli.merging.view import View, spans
@@ -93,19 +93,43 @@ def test_copies_keep_their_type_and_their_place_in_the_order() -> None:
     assert done == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "stages"),
+    [
+        ("average", {}, ["merging 3"]),
+        ("ties", {"scope": "tensor"}, ["merging 3"]),
+        ("ties", {}, ["first pass 1", "merging 3"]),
+        ("doge", {"steps": 1}, ["first pass 1", "merging 3"]),
+        ("average", {"lines": 1}, ["first pass 3", "merging 3"]),
+    ],
+)
+def test_passes_over_the_whole_model_are_announced_and_followed(
+    method: str, options: dict[str, object], stages: list[str]
+) -> None:
+    base = {f"layer.{i}.weight": torch.ones(4, 3) for i in range(3)}
+    views = [
+        View(name, (4, 3), ("a",), Held("base", weights), (Held("a", 2 * weights),)) for name, weights in base.items()
+    ]
+    row, seen = find_method(method), []
+    left: list[int] = []
+
+    def begin(label: str, total: int) -> None:
+        assert sum(left) == 0, "the stage before is finished"
+        seen.append(f"{label} {total}")
+        left.append(total)
+
+    steps = [Merge(view, row.resolve(options), torch.float32) for view in views]
+    stream(row, steps, _List(), threads=2, begin=begin, advance=lambda done: left.append(-done))
+    assert seen == stages
+    assert sum(left) == 0
+
+
 def test_the_first_error_stops_everything_and_gives_torch_its_threads_back() -> None:
     before = torch.get_num_threads()
     base = {str(i): torch.ones(10) for i in range(50)}
     with pytest.raises(RetexError):
         merge_tensors("average", base, {"a": {**base, "25": torch.full((10,), float("nan"))}}, threads=2)
     assert torch.get_num_threads() == before
-
-
-def test_a_map_inside_a_worker_does_not_wait_for_itself() -> None:
-    pool = Pool(1)
-    nested = pool.submit(lambda n: pool.map(lambda i: i * i, range(n)), 5)
-    assert nested.result(timeout=10) == [0, 1, 4, 9, 16]
-    pool.close()
 
 
 def test_spans_cover_every_element_once() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retex_cli.merging import esm
 from retex_cli.merging.memory import merge_tensors
 
 SHAPES = {
@@ -134,3 +135,26 @@ def test_esm_worked_by_hand() -> None:
     torch.testing.assert_close(plain, torch.diag(torch.tensor([2.0, 1.0])))
     polar = merge_tensors("esm", {"w": torch.zeros(2, 2)}, experts, {**options, "polar": "on"}, statistics=grams)["w"]
     torch.testing.assert_close(polar, 1.5 * torch.eye(2))
+
+
+def test_every_matrix_is_merged_once_although_the_survey_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts, inputs = models()
+    grams = {t: {n: x.T @ x for n, x in layers.items()} for t, layers in inputs.items()}
+    merged, plain = [], esm._merged
+    monkeypatch.setattr(esm, "_merged", lambda view, switches: merged.append(view.name) or plain(view, switches))
+    merge_tensors("esm", base, experts, statistics=grams)
+    assert sorted(merged) == sorted(name for name in SHAPES if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_the_first_directions_of_the_shift_on_either_side(shape: tuple[int, int], rows: int) -> None:
+    """With three rows of inputs there are three directions; the others are those of a basis."""
+    draw = torch.Generator().manual_seed(3)
+    tau, inputs = (torch.randn(size, generator=draw, dtype=torch.float64) for size in (shape, (rows, shape[1])))
+    values, directions = esm.shift_spectrum(tau, inputs.T @ inputs, 5)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(5, dtype=torch.float64))
+    _, s, v = torch.linalg.svd(inputs @ tau.T, full_matrices=False)
+    count = min(5, rows)
+    torch.testing.assert_close(values[:count], s[:count] ** 2)
+    torch.testing.assert_close((directions.T @ v[:count].T).abs()[:count], torch.eye(count, dtype=torch.float64))

@@ -7,7 +7,7 @@ through the method into the output. Memory follows the block at hand, not the mo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -234,7 +234,7 @@ def _step(
     return Merge(view, options_for(method, spec.name, config.options, config.overrides), spec.dtype)
 
 
-def _budget(config: MergeConfig, method: Method, steps: tuple[Merge | Copy, ...]) -> int:
+def _budget(config: MergeConfig, method: Method, steps: Sequence[Merge | Copy]) -> int:
     """Bytes under way at once: ``max_memory`` if it is enough, or what the method usually takes."""
     views = [step.view for step in steps if isinstance(step, Merge)]
     if config.max_memory is None:
@@ -282,17 +282,21 @@ def _prepare(plan: MergePlan, stack: ExitStack, progress: Progress) -> Prepared:
     config = plan.config
     models = ExpertModels(plan.experts, plan.alignments, _device(config.device), config.model)
     threads = thread_count(config.threads)
-    return prepare(plan.inputs, plan.steps, models, stack, threads=threads, budget=plan.budget, progress=progress)
+
+    def room(steps: Sequence[Merge | Copy]) -> int:
+        return _budget(config, plan.method, steps)
+
+    return prepare(plan.inputs, plan.steps, models, stack, threads=threads, budget=room, progress=progress)
 
 
 def _stream(plan: MergePlan, prepared: Prepared, writer: Writer, progress: Progress) -> None:
-    progress.start("merging", len(plan.steps))
     stream(
         plan.method,
         prepared.steps,
         writer,
         threads=plan.config.threads,
-        budget=plan.budget,
+        budget=_budget(plan.config, plan.method, prepared.steps),  # statistics that were measured take room
+        begin=progress.start,
         advance=progress.advance,
     )
 

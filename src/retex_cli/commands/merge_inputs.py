@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +100,11 @@ def prepare(
     stack: ExitStack,
     *,
     threads: int,
-    budget: int,
+    budget: Callable[[Sequence[Merge | Copy]], int],
     progress: Progress,
 ) -> Prepared:
-    """Measure what is to be measured. Files of statistics live until ``stack`` closes."""
+    """Measure what is to be measured. Files of statistics live until ``stack`` closes; ``budget`` gives the bytes that
+    merging some steps may hold."""
     found: dict[str, object] = {}
     config = plan.config
     if plan.method.needs_inputs:
@@ -116,14 +117,14 @@ def prepare(
     if plan.scale:
         scale = choose_scale(
             plan.scale, plan.method, steps, models, plan.data,
-            batch_size=config.batch_size, threads=threads, budget=budget, progress=progress,
+            batch_size=config.batch_size, threads=threads, budget=budget(steps), progress=progress,
         )  # fmt: skip
         progress.note(f"{plan.method.name}: {scale.sentence()}")
         found["scale"] = scale.to_json()
         steps = at_scale(steps, scale.alpha)
     if config.batchnorm == MEASURE:
         found["batchnorm"] = "measured on the tasks' inputs"
-        merged = merge_steps(plan.method, steps, threads=threads, budget=budget)
+        merged = merge_steps(plan.method, steps, threads=threads, budget=budget(steps))
         steps = _with_batchnorm(plan, steps, models, merged, progress)
     return Prepared(steps, found)
 

@@ -35,6 +35,11 @@ class Stored:
         """Elements from ``start`` on, converted to ``out``'s type."""
         self.checkpoint.read_into(self.name, start, out)
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """What a LoRA adapter adds to the base, as ``left [d_out, r] @ right [r, rest]``; None for ordinary tensors."""
+        found = self.checkpoint.low_rank(self.name)
+        return None if found is None else (found[0] * found[2], found[1])
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -145,9 +145,12 @@ class LoraCheckpoint(Checkpoint):
                 part.copy_(total)
 
     def low_rank(self, name: str) -> LowRank | None:
-        """``(B, A, scaling)``, float32, ``B`` [d_out, r], ``A`` [r, rest]: the change is ``scaling * B @ A``."""
+        """``(B, A, scaling)``, float32, ``B`` [d_out, r], ``A`` [r, rest]: the change is ``scaling * B @ A``.
+
+        None also for a tensor that the adapter stores whole beside its factors: it is not the base's with a change.
+        """
         name = self.aliases.get(name, name)
-        return self._load(name) if name in self._factors else None
+        return self._load(name) if name in self._factors and name not in self._whole else None
 
     def _read_stored(self, name: str, start: int, out: torch.Tensor) -> None:
         if name in self._whole:

@@ -25,12 +25,13 @@ def first_pass_bytes(method: Method, view: View) -> int:
     tasks = len(view.tasks)
     if method.granularity == "element" or len(view.shape) < 2 or view.row == 0:
         return 0
-    if method.granularity == "tensor":
-        return 4 * (2 * tasks + 6) * view.numel
     rows, columns = view.numel // view.row, view.row
     short = min(rows, columns)
-    held = 4 * (tasks + 2) * view.numel if rows < columns else 0
-    return 16 * tasks * short * short + 24 * tasks * max(CELL_ELEMENTS, short) + held
+    statistics = 40 * max(rows, columns) ** 2 if view.statistics else 0
+    if method.granularity == "tensor":
+        return 4 * (2 * tasks + 8) * view.numel + statistics
+    held = 4 * (tasks + 2) * view.numel if rows <= columns else 0
+    return 16 * (tasks + 4) * short * short + 24 * tasks * max(CELL_ELEMENTS, short) + held
 
 
 def block_bytes(views: Iterable[View], threads: int) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retex_cli.merging.decompose import left_vectors
 from retex_cli.merging.depth import block_of
-from retex_cli.merging.matrices import CELL_ELEMENTS, added, left_vectors, load_task_vectors
+from retex_cli.merging.matrices import CELL_ELEMENTS, added, load_task_vectors, unchanged
 from retex_cli.merging.selection import shrink_bound, top_magnitudes
 from retex_cli.merging.view import Kernel, View
 
@@ -44,12 +45,12 @@ def doge(view: View, *, density: float, scale: float, subspace: int, steps: int)
     """
     survey = view.survey if isinstance(view.survey, _Survey) else doge_survey([view], density=density)
     if len(view.shape) < 2 or (survey.in_blocks and not block_of(view.name)):
-        return added(torch.zeros(view.numel))
+        return unchanged()
     taus = load_task_vectors(view).to(view.device)
     norms = [torch.linalg.vector_norm(tau.double()).item() for tau in taus]
     moved = [i for i, norm in enumerate(norms) if norm > 0]
     if not moved:
-        return added(torch.zeros(view.numel))
+        return unchanged()
     if len(moved) < len(norms):
         taus = taus[moved]
     weights = [scale / norms[i] for i in moved]
@@ -77,15 +78,15 @@ def _correct(taus: Tensor, weights: Sequence[float], basis: Tensor, steps: int) 
     del mixed
     correction, gradient, first, second = (torch.zeros_like(rows[:, 0]) for _ in range(4))
     at_once = max(1, CELL_ELEMENTS // rows[0].numel())  # the second of both products finds its rows in the cache
-    products = [part.split(at_once) for part in (rows, constant, correction, gradient)]
-    states = [part.view(-1).split(CELL_ELEMENTS) for part in (gradient, first, second, correction)]
+    products = [torch.split(part, at_once) for part in (rows, constant, correction, gradient)]
+    states = [torch.split(part.view(-1), CELL_ELEMENTS) for part in (gradient, first, second, correction)]
     for step in range(1, steps + 1):
         for row, fixed, now, out in zip(*products, strict=True):
             error = fixed[:, :, None] - total * (row @ now[:, :, None])
             torch.mul(error.mT @ row, -2 * total, out=out[:, None])
         gradient.addmm_(basis, basis.T @ gradient, alpha=-1)
-        for parts in zip(*states, strict=True):
-            _adam(*parts, step)
+        for slope, mean, square, part in zip(*states, strict=True):
+            _adam(slope, mean, square, part, step)
     return correction
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
-from retex_cli.merging.budget import DEFAULT, GROUP_ELEMENTS, default_threads, first_pass_bytes
+from retex_cli.merging.budget import DEFAULT, GROUP_ELEMENTS, first_pass_bytes
 from retex_cli.merging.depth import depths, is_running_statistic
 from retex_cli.merging.linear import average
 from retex_cli.merging.lines import l1_norms, lines, paper_alpha
 from retex_cli.merging.options import Value
+from retex_cli.merging.pool import Pool, Watched, pool_of
 from retex_cli.merging.table import MODIFIERS, Method
 from retex_cli.merging.view import Kernel, Source, View, check_finite
 
@@ -71,39 +71,6 @@ class Sink(Protocol):
         """The next elements, in the tensor's own output dtype."""
 
 
-class Pool:
-    """Worker threads that each run torch on one thread."""
-
-    def __init__(self, threads: int) -> None:
-        self._executor = ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,))
-
-    def submit(self, function: Callable[[A], B], item: A) -> Future[B]:
-        """Run ``function(item)`` when a thread is free; first come, first served."""
-        return self._executor.submit(function, item)
-
-    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """Results in order. The caller lends a hand with what no thread has begun, so a worker may call it too."""
-        pending = [(item, self.submit(function, item)) for item in items]
-        return [function(item) if future.cancel() else future.result() for item, future in pending]
-
-    def close(self) -> None:
-        """Drop what has not begun and wait for the rest."""
-        self._executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _pool(threads: int | None) -> Iterator[Pool]:
-    """A pool of workers; this thread's torch runs on one thread meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = Pool(threads or default_threads())
-    try:
-        yield pool
-    finally:
-        pool.close()
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Piece:
     """A run of blocks of one tensor: elements ``start .. stop``."""
@@ -123,19 +90,22 @@ def stream(
     *,
     threads: int | None = None,
     budget: int = 1 << 28,
+    begin: Callable[[str, int], None] = lambda label, total: None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> None:
     """Merge and copy ``steps`` in order into ``sink``.
 
-    ``budget`` bounds the bytes of blocks under way (at least one is always let through); ``advance(1)`` is called as
-    each tensor is finished. Raises ``RetexError`` for a NaN or infinity in any input, and for a result that does not
-    fit the output dtype.
+    ``budget`` bounds the bytes of blocks under way (at least one is always let through); ``begin(label, total)`` is
+    called before a pass over the whole model and before the merge, ``advance(1)`` as a step of either is finished.
+    Raises ``RetexError`` for a NaN or infinity in any input, and for a result that does not fit the output dtype.
     """
-    with _pool(threads) as pool:
-        prepare = _Preparation(method, [_with_pool(step, pool, budget) for step in steps], pool)
+    with pool_of(threads) as pool:
+        watched = Watched(pool, begin, advance)
+        prepare = _Preparation(method, [_with_pool(step, pool, budget) for step in steps], pool, watched)
         finished = min(budget // 2, DEFAULT)
         ahead = _Ahead(prepare, budget - finished)
         window = _Window(pool, sink, finished, advance)
+        begin("merging", len(steps))
         for step in prepare.steps:
             window.add(step, ahead.next())
         window.drain()
@@ -175,8 +145,9 @@ def _with_pool(step: Merge | Copy, pool: Pool, budget: int) -> Merge | Copy:
 class _Preparation:
     """What must be known before a tensor's first block: surveys of the model, then first passes over the tensor."""
 
-    def __init__(self, method: Method, steps: Sequence[Merge | Copy], pool: Pool) -> None:
+    def __init__(self, method: Method, steps: Sequence[Merge | Copy], pool: Pool, watched: Watched) -> None:
         self.function, self.method, self.pool = cast(MethodFunction, method.function()), method, pool
+        self.watched = watched
         self.steps = self._surveyed(cast(SurveyFunction | None, method.survey_function()), steps)
         self.depths = depths(step.view.name for step in self.steps if isinstance(step, Merge))
         self.lines_alpha = self._lines_alpha()
@@ -205,7 +176,7 @@ class _Preparation:
         groups: dict[tuple[tuple[str, Value], ...], list[View]] = {}
         for step in steps:
             if isinstance(step, Merge) and not is_running_statistic(step.view.name):
-                groups.setdefault(_key(step), []).append(step.view)
+                groups.setdefault(_key(step), []).append(replace(step.view, map=self.watched))
         found = {key: survey(views, **dict(key)) for key, views in groups.items()}
         return [
             replace(step, view=replace(step.view, survey=found.get(_key(step)))) if isinstance(step, Merge) else step
@@ -217,7 +188,7 @@ class _Preparation:
         asked = [s for s in self.steps if isinstance(s, Merge) and s.options.get("lines_alpha") == "auto"]
         if not asked:
             return 1.0
-        norms = self.pool.map(lambda s: l1_norms(s.view, self._plain(s)) if s.view.numel else (0.0, 0.0), asked)
+        norms = self.watched(lambda s: l1_norms(s.view, self._plain(s)) if s.view.numel else (0.0, 0.0), asked)
         return paper_alpha(norms, max(len(s.view.tasks) for s in asked))
 
 
@@ -294,7 +265,7 @@ def _merge(step: Merge, kernel: Kernel, length: int, start: int, stop: int) -> T
     out = torch.empty(stop - start, dtype=step.dtype)
     device = step.view.device
     for at in range(start, stop, length):
-        base, experts = step.view.load(at, min(length, stop - at))
+        base, experts = step.view.load(at, min(length, stop - at), kernel.base_only)
         if device.type != "cpu":
             base, experts = base.to(device), experts.to(device)
         out[at - start : at - start + base.numel()] = kernel.merge(base, experts, at)

@@ -12,10 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from retex_cli.merging.decompose import gram_matrix, leading, spectrum
 from retex_cli.merging.depth import block_of, kind_of
 from retex_cli.merging.inputs import read_gram
 from retex_cli.merging.linear import mean_of_task_vectors
-from retex_cli.merging.matrices import added, gram_matrix, leading, load_task_vectors, spectrum
+from retex_cli.merging.matrices import added, load_task_vectors, unchanged
 from retex_cli.merging.spectral import tsv_m
 from retex_cli.merging.view import Kernel, View
 
@@ -50,7 +51,7 @@ class Kept:
     """
 
     def __init__(self, views: Sequence[View]) -> None:
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
         weakref.finalize(self, file.close)
         self._file = file.fileno()
         ends = accumulate(4 * view.numel for view in views)
@@ -62,7 +63,7 @@ class Kept:
 
     def write(self, name: str, merged: Tensor) -> None:
         """Keep the merged task vector ``[numel]``."""
-        left, place = memoryview(merged.cpu().numpy()).cast("B"), self._places[name]
+        left, place = memoryview(merged.cpu().numpy().tobytes()), self._places[name]
         while left:
             count = os.pwrite(self._file, left, place)
             left, place = left[count:], place + count
@@ -84,7 +85,7 @@ def esm_survey(views: Sequence[View], *, variant: str, alpha: float, **given: st
     def norm(view: View) -> float:
         merged = _merged(view, switches)
         kept.write(view.name, merged)
-        return torch.linalg.vector_norm(merged.double()).item()
+        return float(torch.linalg.vector_norm(merged.double()).item())
 
     norms = dict(zip((view.name for view in matrices), matrices[0].map(norm, matrices), strict=True))
     kinds: dict[str, list[float]] = {}
@@ -108,7 +109,7 @@ def esm(view: View, *, variant: str, alpha: float, **given: str) -> Kernel:
     switches = Switches.of(variant, **given)
     if len(view.shape) < 2:
         biased = view.name.endswith("bias") and not switches.biases
-        return added(torch.zeros(view.numel)) if biased else mean_of_task_vectors(view)
+        return unchanged() if biased else mean_of_task_vectors(view)
     if isinstance(view.survey, Kept) and view.name in view.survey:
         return _from(view.survey, view.name)
     return added(_merged(view, switches).mul_(alpha if view.statistics else 1.0))
@@ -118,7 +119,7 @@ def _from(kept: Kept, name: str) -> Kernel:
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
         return base.add_(kept.read(name, start, base.numel()).to(base.device))
 
-    return Kernel(merge)
+    return Kernel(merge, base_only=True)
 
 
 def _merged(view: View, switches: Switches) -> Tensor:
@@ -127,7 +128,9 @@ def _merged(view: View, switches: Switches) -> Tensor:
         return _essential(view, switches).float().flatten()
     kernel = tsv_m(view, alpha=1.0)
     merged = torch.empty(view.numel, device=view.device)
-    for start, base, experts in view.blocks(unit=kernel.unit):
+    length = view.block_length(kernel.unit)
+    for start in range(0, view.numel, length):
+        base, experts = view.load(start, min(length, view.numel - start), kernel.base_only)
         base, experts = base.to(view.device), experts.to(view.device)
         before = base.clone()
         merged[start : start + base.numel()] = kernel.merge(base, experts, start).sub_(before)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from retex_cli.merging.matrices import Image, Matrices, added, spectrum
+from retex_cli.merging.decompose import add_gram, mirror, spectrum
+from retex_cli.merging.matrices import Image, Matrices, load_task_vectors, product, unchanged
 from retex_cli.merging.reduce import block_sums, task_vectors
 from retex_cli.merging.table import METHODS
 from retex_cli.merging.view import Kernel, View
@@ -36,9 +37,11 @@ def knots(view: View, *, inner: str, density: float, alpha: float) -> Kernel:
     """
     if len(view.shape) < 2 or view.row == 0:
         return _inner(view, inner, density, alpha)
+    if (factors := view.factors()) is not None:
+        return _of_factors(view, factors, lambda coordinates: _merge_aligned(view, coordinates, inner, density, alpha))
     energy = block_sums(view, lambda base, experts: task_vectors(base, experts).square_())
     if not energy.any():
-        return added(torch.zeros(view.numel))
+        return unchanged()
     rows, columns = view.numel // view.row, view.row
 
     def merge_aligned(coordinates: Tensor) -> Tensor:
@@ -74,9 +77,8 @@ def _streamed(view: View, merge_aligned: Callable[[Tensor], Tensor]) -> Kernel:
 
     gram = matrices.zeros(tasks * n, tasks * n)
     for taus in matrices.wide_blocks():
-        joined = taus.transpose(0, 1).reshape(-1, tasks * n)
-        gram.addmm_(joined.T, joined)
-    values, vectors = spectrum(gram)
+        add_gram(gram, taus.transpose(0, 1).reshape(-1, tasks * n))
+    values, vectors = spectrum(mirror(gram))
     aligned = (vectors.view(tasks, n, -1) * values).transpose(1, 2)  # S V_t^T
     merged = merge_aligned(aligned.cpu()).to(vectors.device)
     return matrices.kernel(Image(joined=vectors / values), merged, 1.0)
@@ -84,15 +86,27 @@ def _streamed(view: View, merge_aligned: Callable[[Tensor], Tensor]) -> Kernel:
 
 def _held(view: View, rows: int, columns: int, merge_aligned: Callable[[Tensor], Tensor]) -> Kernel:
     """Otherwise the basis from the Gram matrix of the rows, of task vectors in memory."""
-    held = torch.empty(len(view.tasks), rows, columns)
-    for start, base, experts in view.blocks(unit=columns):
-        taus = experts.sub_(base).view(len(view.tasks), -1, columns)
-        held[:, start // columns : start // columns + taus.shape[1]] = taus
+    held = load_task_vectors(view)
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=view.device)
     for tau in held:
-        wide = tau.to(view.device, torch.float64)
-        gram += wide @ wide.T
-    _, basis = spectrum(gram)
-    coordinates = torch.stack([(basis.T @ tau.to(view.device, torch.float64)).cpu() for tau in held])
+        add_gram(gram, tau.to(view.device, torch.float64).T)
+    _, basis = spectrum(mirror(gram))
+    coordinates = torch.empty(len(held), basis.shape[1], columns)
+    for tau, out in zip(held, coordinates, strict=True):
+        out.copy_(basis.T @ tau.to(view.device, torch.float64))
     del held
-    return added((basis @ merge_aligned(coordinates).to(view.device)).float().flatten())
+    return product(view, basis, merge_aligned(coordinates).to(view.device), 1.0)
+
+
+def _of_factors(
+    view: View, factors: Sequence[tuple[Tensor, Tensor]], merge_aligned: Callable[[Tensor], Tensor]
+) -> Kernel:
+    """Task vectors of low rank, ``L_t R_t``: with ``[L_1 .. L_T] = Q C`` the basis is Q times that of ``[C_t R_t]``."""
+    whole = torch.linalg.qr(torch.cat([left for left, _ in factors], 1))
+    inner = whole.R.split([left.shape[1] for left, _ in factors], 1)
+    parts = [c @ right for c, (_, right) in zip(inner, factors, strict=True)]
+    _, vectors = spectrum(torch.stack([part @ part.T for part in parts]).sum(0))
+    if not vectors.numel():
+        return unchanged(base_only=True)
+    coordinates = torch.stack([vectors.T @ part for part in parts])
+    return product(view, whole.Q @ vectors, merge_aligned(coordinates.cpu()).to(vectors.device), 1.0)

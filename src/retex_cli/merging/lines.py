@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from retex_cli.merging.reduce import block_sums, task_vectors
@@ -21,7 +23,7 @@ def lines(kernel: Kernel, alpha: float, beta: float, depth: float | None) -> Ker
         before = base.clone()
         return kernel.merge(base, experts, start).sub_(before).mul_(scale).add_(before)
 
-    return Kernel(merge, kernel.unit)
+    return replace(kernel, merge=merge)
 
 
 def l1_norms(view: View, kernel: Kernel) -> tuple[float, float]:

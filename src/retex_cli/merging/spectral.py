@@ -6,16 +6,14 @@ here a convolution is one too, as ``d_out x rest``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from retex_cli.merging.matrices import (
-    Image,
-    Matrices,
+from retex_cli.merging.decompose import (
     add_gram,
-    for_matrices,
     gram_matrix,
     inverse_root,
     leading,
@@ -23,7 +21,10 @@ from retex_cli.merging.matrices import (
     of_full_rank,
     polar,
     spectrum,
+    thin_svd,
 )
+from retex_cli.merging.linear import mean_of_task_vectors
+from retex_cli.merging.matrices import Image, Matrices, for_matrices, product
 from retex_cli.merging.view import Kernel, View
 
 
@@ -44,7 +45,18 @@ def tsv_m(view: View, *, alpha: float) -> Kernel:
         left = Image(own=tuple(v / s for s, v in parts))  # U_t = tau_t V_t / S_t
         return left, inverse_root(matrices.gram_of(left)) * values @ polar(right).T
 
+    if (factors := view.factors()) is not None:
+        return _tsv_of_factors(view, factors, alpha)
     return for_matrices(view, alpha, build)
+
+
+def _tsv_of_factors(view: View, factors: Sequence[tuple[Tensor, Tensor]], alpha: float) -> Kernel:
+    share = min(view.numel // view.row, view.row) // len(view.tasks)
+    if not share:
+        return mean_of_task_vectors(view, alpha)
+    parts = [tuple(part[..., :share] for part in thin_svd(*pair)) for pair in factors]
+    left, values, right = (torch.cat(each, dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 1), strict=True))
+    return product(view, polar(left) * values, polar(right).T, alpha)
 
 
 def iso_c(view: View, *, alpha: float) -> Kernel:
@@ -59,6 +71,11 @@ def iso_c(view: View, *, alpha: float) -> Kernel:
             return None
         return Image(own=(values.sum() / matrices.columns * (vectors / values) @ vectors.T,)), None
 
+    if (factors := view.factors()) is not None and sum(len(right) for _, right in factors) < min(
+        view.shape[0], view.row
+    ):
+        left, values, right = thin_svd(torch.cat([pair[0] for pair in factors], 1), torch.cat([p[1] for p in factors]))
+        return product(view, left * values.sum() / min(view.shape[0], view.row), right.T, alpha)
     return for_matrices(view, alpha, build, summed=True)
 
 
@@ -144,8 +161,9 @@ def _outside_left(matrices: Matrices, shared: int, own: int) -> _Parts | None:
         shifts.append(scaled @ (inside @ (v / s)))
     outside = Image(tuple(v / s for s, v in found), -torch.cat(shifts, 1))
     left = Image(outside.own, torch.cat([-torch.cat(shifts, 1), scaled], 1))
-    common = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    root = torch.block_diag(inverse_root(matrices.gram_of(outside)), common)
+    inner = inverse_root(matrices.gram_of(outside))
+    root = torch.eye(left.width, dtype=inner.dtype, device=inner.device)
+    root[: len(inner), : len(inner)] = inner
     right = polar(torch.cat([*(v for _, v in found), vectors], 1))
     return _Parts(left, root, right, (*(s for s, _ in found), values))
 

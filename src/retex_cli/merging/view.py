@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,17 +42,29 @@ class Source(Protocol):
         """Fill ``out`` (1-D, contiguous) with the elements from ``start``, converted to its dtype. Thread-safe."""
 
 
+@runtime_checkable
+class LowRank(Protocol):
+    """A source that may know its task vector as a product of two thin matrices."""
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """``left [m, r]`` and ``right [r, n]``, the task vector of ``d_out x rest`` being ``left @ right``; or None.
+
+        A source with more rows than the base's may give the rows of all.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """How one block is merged.
 
     ``merge(base, experts, start)`` gets float32 ``base [n]`` and ``experts [T, n]`` from element ``start`` on, may use
     both as scratch, and returns the merged weights ``[n]``. Blocks hold whole multiples of ``unit`` elements (a row, or
-    the whole tensor), apart from the last.
+    the whole tensor), apart from the last. ``base_only``: the experts are known already, ``experts`` is ``[0, n]``.
     """
 
     merge: Callable[[Tensor, Tensor, int], Tensor]
     unit: int = 1
+    base_only: bool = False
 
 
 class _Scratch(threading.local):
@@ -118,14 +130,27 @@ class View:
             return max(self.numel, 1)
         return -(-target // unit) * unit if unit > 1 else max(GRID, target // GRID * GRID)
 
-    def load(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        """Per task ``left [m, r]`` and ``right [r, n]``, float64, of a task vector; None if one is not of low rank."""
+        found = []
+        for source in self.experts:
+            pair = source.factors() if isinstance(source, LowRank) and len(self.shape) > 1 else None
+            if pair is None:
+                return None
+            for values in pair:
+                check_finite(values.flatten(), f"{source.where}, one of its factors,")
+            found.append((pair[0][: self.shape[0]].to(self.device).double(), pair[1].to(self.device).double()))
+        return tuple(found)
+
+    def load(self, start: int, length: int, base_only: bool = False) -> tuple[Tensor, Tensor]:
         """Elements ``start .. start + length`` as float32 ``base [n]`` and ``experts [T, n]``, checked to be finite.
 
         They lie in this thread's scratch memory: the next call overwrites them.
         """
-        rows = _scratch.rows(len(self.experts) + 1, length)
+        experts = () if base_only else self.experts
+        rows = _scratch.rows(len(experts) + 1, length)
         self.base.read_into(start, rows[0])
-        for source, out in zip(self.experts, rows[1:].unbind(0), strict=True):
+        for source, out in zip(experts, rows[1:].unbind(0), strict=True):
             source.read_into(start, out)
         if not math.isfinite(rows.sum().item()):
             self._locate(rows, start)
@@ -139,7 +164,7 @@ class View:
 
     def _locate(self, rows: Tensor, start: int) -> None:
         """Raise for the first value that is not finite; return if only the sum overflowed."""
-        for source, values in zip((self.base, *self.experts), rows.unbind(0), strict=True):
+        for source, values in zip((self.base, *self.experts)[: len(rows)], rows.unbind(0), strict=True):
             check_finite(values, source.where, start)
 
 
