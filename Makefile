@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: help demo suite test test-slow check lint types docs clean
 
 help:
-	@echo "make demo [SUITE=text4|text8]  four (eight) real experts merged into one checkpoint and brought back"
+	@echo "make demo [SUITE=text4|text8|vision6]  real experts merged into one checkpoint and brought back"
 	@echo "make test                      lint, types, docs freshness, tests"
 	@echo "make test-slow                 the tests that take minutes, too"
 	@echo "make check                     lint, types, docs freshness"
@@ -49,7 +49,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) -e .
+	$(PIP) -e '.[image]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.python pyproject.toml constraints.txt

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from tasks import BASE_PACKAGE, Row, Split, Task, base_model, cache_dir
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from data import Split, Task, X, cache_dir
+from torch import Tensor
 
 Progress = Callable[[int, int, str], None]
+Input_contra = TypeVar("Input_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,55 @@ class Recipe:
     """Everything that decides an expert's weights, apart from the machine's rounding."""
 
     task: str
-    seed: int = 0
-    steps: int = 200
-    batch_size: int = 16
-    max_length: int = 48
-    learning_rate: float = 1e-4
-    head_learning_rate: float = 3e-3
-    warmup: int = 20
-    base: str = BASE_PACKAGE
+    base: str
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    warmup: int
 
     @property
     def folder(self) -> Path:
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
         return cache_dir() / "experts" / f"{self.task}-{digest}"
+
+
+class Learner(Protocol[Input_contra]):
+    """A network with the base's weights and a new head, and how it reads inputs."""
+
+    network: torch.nn.Module
+    head: str
+    """What the names of the new parameters begin with."""
+
+    def logits(self, inputs: Sequence[Input_contra]) -> Tensor:
+        """Float32 [n, classes]."""
+
+    def save(self, folder: Path) -> None:
+        """Weights, config and whatever reads inputs, as a checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class Family(Generic[X]):
+    """What a suite's kind of input decides; all else is the same for every suite.
+
+    ``recipe(task, seed, steps)`` and ``learner(recipe, labels)`` say how experts come about; ``base()`` is the folder
+    of the pre-trained network; ``write(path, rows, labels)`` writes data, unlabelled where ``labels`` is None.
+    """
+
+    tasks: Mapping[str, Task[X]]
+    recipe: Callable[[str, int, int], Recipe]
+    learner: Callable[[Recipe, Sequence[str]], Learner[X]]
+    base: Callable[[], Path]
+    write: Callable[[Path, Sequence[tuple[X, str]], Sequence[str] | None], None]
+    suffix: str
+    budget: str
+    model: str
+    """Lines under ``[model]`` in ``retex.toml``."""
+    signatures: str
+    """Lines under ``[signatures]``, beside ``samples``."""
+    modules: tuple[Path, ...] = ()
+    """Copied beside ``retex.toml``."""
 
 
 def _batches(count: int, recipe: Recipe, generator: torch.Generator) -> list[list[int]]:
@@ -48,21 +84,15 @@ def _batches(count: int, recipe: Recipe, generator: torch.Generator) -> list[lis
     return [order[k * recipe.batch_size : (k + 1) * recipe.batch_size] for k in range(recipe.steps)]
 
 
-def train(recipe: Recipe, split: Split, progress: Progress) -> tuple[torch.nn.Module, AutoTokenizer]:
-    """Full fine-tuning: AdamW without weight decay, linear warm-up and decay, bf16 autocast."""
+def train(family: Family[X], recipe: Recipe, split: Split[X], progress: Progress) -> Learner[X]:
+    """Full fine-tuning: AdamW without weight decay, linear warm-up and decay."""
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
     labels = split.labels
-    tokenizer = AutoTokenizer.from_pretrained(base_model(), model_max_length=recipe.max_length)
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # "newly initialised: classifier" is the point here
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base_model(), id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
-    )
-    transformers_logging.set_verbosity(level)
-    head = [p for name, p in model.named_parameters() if name.startswith("classifier.")]
-    body = [p for name, p in model.named_parameters() if not name.startswith("classifier.")]
+    learner = family.learner(recipe, labels)
+    model = learner.network
+    head = [p for name, p in model.named_parameters() if name.startswith(learner.head)]
+    body = [p for name, p in model.named_parameters() if not name.startswith(learner.head)]
     optimiser = torch.optim.AdamW(
         [{"params": body, "lr": recipe.learning_rate}, {"params": head, "lr": recipe.head_learning_rate}],
         weight_decay=0.0,
@@ -74,10 +104,8 @@ def train(recipe: Recipe, split: Split, progress: Progress) -> tuple[torch.nn.Mo
     average = math.nan
     for step, batch in enumerate(_batches(len(split.train), recipe, generator)):
         rows = [split.train[i] for i in batch]
-        inputs = tokenizer([text for text, _ in rows], truncation=True, padding=True, return_tensors="pt")
         target = torch.tensor([labels.index(label) for _, label in rows])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(model(**inputs).logits.float(), target)
+        loss = torch.nn.functional.cross_entropy(learner.logits([given for given, _ in rows]), target)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -85,34 +113,32 @@ def train(recipe: Recipe, split: Split, progress: Progress) -> tuple[torch.nn.Mo
         schedule.step()
         average = loss.item() if math.isnan(average) else 0.95 * average + 0.05 * loss.item()
         progress(step + 1, recipe.steps, f"loss {average:.3f}")
-    return model.eval(), tokenizer
+    model.eval()
+    return learner
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, tokenizer: AutoTokenizer, rows: list[Row], labels: list[str]) -> float:
+def accuracy(learner: Learner[X], rows: Sequence[tuple[X, str]], labels: Sequence[str]) -> float:
     """Share of rows answered right, in batches of similar length."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     right = 0
     for start in range(0, len(rows), 128):
         part = [rows[i] for i in order[start : start + 128]]
-        inputs = tokenizer([text for text, _ in part], truncation=True, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            answers = model(**inputs).logits.argmax(-1).tolist()
+        answers = learner.logits([given for given, _ in part]).argmax(-1).tolist()
         right += sum(labels[a] == label for a, (_, label) in zip(answers, part, strict=True))
     return right / len(rows)
 
 
-def expert(task: Task, recipe: Recipe, split: Split, progress: Progress) -> tuple[Path, float]:
+def expert(family: Family[X], recipe: Recipe, split: Split[X], progress: Progress) -> tuple[Path, float]:
     """The expert's folder and its test accuracy, trained unless the cache has it."""
     folder = recipe.folder
     report = folder / "finetune.json"
     if not report.exists():
-        model, tokenizer = train(recipe, split, progress)
-        score = accuracy(model, tokenizer, split.test, split.labels)
+        learner = train(family, recipe, split, progress)
+        score = accuracy(learner, split.test, split.labels)
         partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        learner.save(partial)
         (partial / report.name).write_text(json.dumps({"recipe": asdict(recipe), "test_accuracy": score}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -3,24 +3,30 @@
     python examples/suites/make.py text4 .demo/text4
 
 The workspace is what a user of their own experts would have: ``retex.toml``, ``experts/TASK`` (links into the cache),
-``data/TASK-reference.jsonl`` without labels and ``data/TASK-test.jsonl`` with them.
+``data/TASK-reference`` without labels, ``data/TASK-validation`` and ``data/TASK-test`` with them, and the module that
+builds the network where transformers cannot.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from finetune import Recipe, expert
-from tasks import SUITES, TASKS, Row, base_model, load
+from data import REFERENCES, X
+from finetune import Family, expert
 
-REFERENCES = 256
-"""Unlabelled training inputs written for each task; ``retex build-signatures`` reads the first ``samples`` of them."""
+SUITES = {
+    "text4": ("text", ("sms_spam", "movie", "newsgroups20", "election")),
+    "text8": ("text", None),
+    "vision6": ("vision", None),
+}
+"""Family of tasks, and which of them; None for all."""
 
 
 def _progress(name: str) -> tuple[float, Callable[[int, int, str], None]]:
@@ -36,20 +42,22 @@ def _progress(name: str) -> tuple[float, Callable[[int, int, str], None]]:
     return started, show
 
 
-def _write_rows(path: Path, rows: list[Row], *, labelled: bool) -> None:
-    keys = ("text", "label") if labelled else ("text",)
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dict(zip(keys, row, strict=False)), ensure_ascii=False) + "\n")
-
-
 def _link(path: Path, target: Path) -> None:
     if path.is_symlink():
         path.unlink()
     path.symlink_to(target, target_is_directory=True)
 
 
-def make(tasks: Sequence[str], workspace: Path, *, samples: int, budget: str, seed: int, steps: int | None) -> None:
+def make(
+    family: Family[X],
+    tasks: Sequence[str],
+    workspace: Path,
+    *,
+    samples: int,
+    budget: str,
+    seed: int,
+    steps: int | None,
+) -> None:
     """Everything ``retex`` needs under ``workspace``. Exits with a message if an expert misses its floor.
 
     ``steps`` replaces the tasks' own numbers of training steps; such experts have no floor to reach.
@@ -58,29 +66,31 @@ def make(tasks: Sequence[str], workspace: Path, *, samples: int, budget: str, se
     (workspace / "data").mkdir(exist_ok=True)
     entries = []
     for name in tasks:
-        task = TASKS[name]
-        split = load(task)
+        task = family.tasks[name]
+        split = task.load()
         started, show = _progress(name)
-        folder, accuracy = expert(task, Recipe(name, seed=seed, steps=steps or task.steps), split, show)
+        folder, accuracy = expert(family, family.recipe(name, seed, steps or task.steps), split, show)
         took = time.monotonic() - started
         print(f"{name}: expert accuracy {100 * accuracy:.2f} %, floor {100 * task.floor:g} % ({took:.0f} s)")
         if accuracy < task.floor and steps is None:
             sys.exit(f"{name}: the expert in {folder} misses its floor; delete the folder and run again")
         _link(workspace / "experts" / name, folder)
-        _write_rows(workspace / "data" / f"{name}-reference.jsonl", split.train[:REFERENCES], labelled=False)
-        _write_rows(workspace / "data" / f"{name}-test.jsonl", split.test, labelled=True)
-        entries.append(
-            f"[tasks.{name}]\n"
-            f'expert = "experts/{name}"\n'
-            f'inputs = "data/{name}-reference.jsonl"\n'
-            f'test = "data/{name}-test.jsonl"\n'
-        )
-    _link(workspace / "base", base_model())
+        lines = [f"[tasks.{name}]", f'expert = "experts/{name}"']
+        for key, part, rows in (
+            ("inputs", "reference", split.train[:REFERENCES]),
+            ("validation", "validation", split.validation),
+            ("test", "test", split.test),
+        ):
+            file = f"data/{name}-{part}{family.suffix}"
+            family.write(workspace / file, rows, None if key == "inputs" else split.labels)
+            lines.append(f'{key} = "{file}"')
+        entries.append("\n".join(lines) + "\n")
+    _link(workspace / "base", family.base())
+    for module in family.modules:
+        shutil.copy(module, workspace)
     head = (
-        '[model]\nbase = "base"  # all-MiniLM-L6-v2\n\n'
-        '[merge]\nmethod = "average"\n\n'
-        f'[offsets]\nbudget = "{budget}"\n\n'
-        f"[signatures]\nsamples = {samples}\nmax_length = {Recipe.max_length}  # tokens, as in fine-tuning\n"
+        f'[model]\n{family.model}\n[merge]\nmethod = "average"\n\n[offsets]\nbudget = "{budget}"\n\n'
+        f"[signatures]\nsamples = {samples}\n{family.signatures}"
     )
     (workspace / "retex.toml").write_text("\n".join([head, *entries]))
 
@@ -91,17 +101,22 @@ def main() -> None:
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--samples", type=int, default=128, help="reference inputs per task for the signatures")
-    parser.add_argument("--budget", default="0.25%")
+    parser.add_argument("--budget", help="default: the suite's own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), help="only these tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--steps", type=int, help="train for so many steps; floors do not apply")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    module, tasks = SUITES[arguments.suite]
+    family = importlib.import_module(module).FAMILY
+    if unknown := set(arguments.tasks or ()) - set(family.tasks):
+        parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(family.tasks)}")
     make(
-        arguments.tasks or SUITES[arguments.suite],
+        family,
+        arguments.tasks or tasks or tuple(family.tasks),
         arguments.workspace,
         samples=arguments.samples,
-        budget=arguments.budget,
+        budget=arguments.budget or family.budget,
         seed=arguments.seed,
         steps=arguments.steps,
     )

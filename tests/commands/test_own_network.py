@@ -1,0 +1,158 @@
+"""The whole job on a network that transformers does not know: convolutions, BatchNorm, a function that builds it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from tests.conftest import Retex
+
+MODULE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in ((3, 8), (8, 12), (12, 16))
+        )
+        self.fc = nn.Linear(16, classes) if classes else nn.Identity()
+
+    def forward(self, pixel_values):
+        state = pixel_values.float() / 255
+        for block in self.blocks:
+            state = block(state)
+        return self.fc(state.mean((2, 3)))
+
+
+def build(config):
+    return Net(len(config.get("id2label", ())))
+"""
+SIDES = {"bars": ("across", "down"), "spots": ("many", "none", "one")}
+
+
+def pictures(task: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [count, 3, 16, 16] and labels: bars in red, spots in blue, on noise."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 3, 16, 16, generator=draw) * 60
+    labels = torch.arange(count) % len(SIDES[task])
+    for image, label in zip(images, labels.tolist(), strict=True):
+        where = torch.randint(2, 14, (8,), generator=draw).tolist()
+        if task == "bars":
+            image[0, :, where[0]] = 220
+            if label == 0:
+                image[0] = image[0].T.clone()
+        else:
+            for k in range((4, 0, 1)[label]):
+                image[2, where[2 * k] - 2 : where[2 * k] + 2, where[2 * k + 1] - 2 : where[2 * k + 1] + 2] = 220
+    return images.to(torch.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base, two experts tuned from it, data and ``retex.toml`` with ``model = "tiny_cnn:build"``."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "tiny_cnn.py").write_text(MODULE)
+    space: dict[str, object] = {}
+    exec(MODULE, space)
+    torch.manual_seed(0)
+    base = space["build"]({}).state_dict()
+    toml = ['[model]\nbase = "base"\nmodel = "tiny_cnn:build"\n\n[offsets]\nbudget = "60%"\n']
+    save(folder / "base", base, {"hidden": 16})
+    (folder / "data").mkdir()
+    for task, names in SIDES.items():
+        config = {"id2label": {str(i): name for i, name in enumerate(names)}}
+        torch.manual_seed(1)
+        network = space["build"](config)
+        network.load_state_dict({**network.state_dict(), **base})
+        images, labels = pictures(task, 96, seed=2)
+        body, head = network.blocks.parameters(), network.fc.parameters()
+        optimiser = torch.optim.Adam([{"params": body, "lr": 2e-3}, {"params": head, "lr": 3e-2}])
+        for _ in range(60):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            optimiser.step()
+        save(folder / "experts" / task, network.state_dict(), config)
+        save_file({"pixel_values": pictures(task, 48, seed=3)[0]}, folder / f"data/{task}-inputs.safetensors")
+        images, labels = pictures(task, 48, seed=4)
+        save_file(
+            {"pixel_values": images, "labels": labels},
+            folder / f"data/{task}-test.safetensors",
+            {"labels": json.dumps(names)},
+        )
+        toml.append(
+            f'\n[tasks.{task}]\nexpert = "experts/{task}"\n'
+            f'inputs = "data/{task}-inputs.safetensors"\ntest = "data/{task}-test.safetensors"\n'
+        )
+    (folder / "retex.toml").write_text("".join(toml))
+    return folder
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def here(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy whose outputs are its own; the current directory lies beside it, not in it."""
+    folder = tmp_path / "workspace"
+    folder.mkdir()
+    for path in tuned.iterdir():
+        (folder / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield folder
+    sys.modules.pop("tiny_cnn", None)
+
+
+def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: Retex) -> None:
+    for command in ("merge", "fit-offsets", "build-signatures"):
+        result = retex(command, "-w", here, "--quiet")
+        assert result.code == 0, result.err
+    merged = load_file(here / "merged/model.safetensors")
+    experts = [load_file(here / f"experts/{task}/model.safetensors") for task in SIDES]
+    for name in ("blocks.1.1.running_mean", "blocks.1.1.running_var"):
+        torch.testing.assert_close(merged[name], (experts[0][name] + experts[1][name]) / 2)
+    result = retex("eval", "-w", here, "--json")
+    assert result.code == 0, result.err
+    for task in SIDES:
+        entry = result.json["tasks"][task]
+        assert entry["expert"] > 0.9, "the network with the expert's statistics answers"
+        assert entry["agreement"]["K"] >= 0.9
+        assert entry["identified"] > 0.9
+    result = retex("identify", here / "data/spots-test.safetensors", "-w", here, "--json")
+    assert result.code == 0, result.err
+    assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
+
+
+def test_recovery_without_identification_never_imports_the_module(here: Path, retex: Retex) -> None:
+    for command in ("merge", "fit-offsets"):
+        assert retex(command, "-w", here, "--quiet").code == 0
+    (here / "tiny_cnn.py").unlink()
+    result = retex("recover", "--task", "bars", "-w", here, "-o", "back/", "--quiet")
+    assert result.code == 0, result.err
+    assert "tiny_cnn" not in sys.modules
+    back, expert = load_file("back/model.safetensors"), load_file(here / "experts/bars/model.safetensors")
+    assert {name: value.shape for name, value in back.items()} == {n: value.shape for n, value in expert.items()}
+    assert json.loads(Path("back/config.json").read_text()) == {"id2label": {"0": "across", "1": "down"}}
+
+
+@pytest.mark.parametrize("flag", ["nowhere:build", "tiny_cnn:nothing"])
+def test_the_flag_beats_the_file_and_a_wrong_one_is_wrong_usage(here: Path, retex: Retex, flag: str) -> None:
+    assert retex("merge", "-w", here, "--quiet").code == 0
+    result = retex("build-signatures", "-w", here, "--model", flag)
+    assert result.code == 2
+    assert flag in result.err
