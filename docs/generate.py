@@ -55,7 +55,10 @@ model = "package.module:function"                # only for models that transfor
 [merge]
 method = "ties"
 density = 0.2                                    # options of the method stand beside it
+alpha = "auto"                                   # chosen by agreement with the experts on their inputs
 dtype = "float32"                                # as --dtype; also max_shard_size, allow_missing
+samples = 64                                     # inputs of a task that are measured on, where a method does
+batchnorm = "average"                            # or "measure", on the tasks' inputs
 [merge.weight]                                   # an option that may differ between tasks; "*" for the others
 cars = 1.5
 [merge.override."*.bias"]                        # options for the parameters whose names match
