@@ -71,12 +71,16 @@ def iso_c(view: View, *, alpha: float) -> Kernel:
             return None
         return Image(own=(values.sum() / matrices.columns * (vectors / values) @ vectors.T,)), None
 
-    if (factors := view.factors()) is not None and sum(len(right) for _, right in factors) < min(
-        view.shape[0], view.row
-    ):
-        left, values, right = thin_svd(torch.cat([pair[0] for pair in factors], 1), torch.cat([p[1] for p in factors]))
-        return product(view, left * values.sum() / min(view.shape[0], view.row), right.T, alpha)
+    factors = view.factors()
+    if factors is not None and sum(len(right) for _, right in factors) < min(view.shape[0], view.row):
+        return _iso_of_factors(view, factors, alpha)
     return for_matrices(view, alpha, build, summed=True)
+
+
+def _iso_of_factors(view: View, factors: Sequence[tuple[Tensor, Tensor]], alpha: float) -> Kernel:
+    lefts, rights = zip(*factors, strict=True)
+    left, values, right = thin_svd(torch.cat(lefts, 1), torch.cat(rights))
+    return product(view, left * values.sum() / min(view.shape[0], view.row), right.T, alpha)
 
 
 def iso_cts(view: View, *, common: float, alpha: float) -> Kernel:
