@@ -61,9 +61,9 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
-    def rows(self, count: int, length: int) -> Tensor:
-        if self.memory.numel() < count * length:
-            self.memory = torch.empty(count * length)
+    def rows(self, count: int, length: int, pinned: bool) -> Tensor:
+        if self.memory.numel() < count * length or self.memory.is_pinned() != pinned:
+            self.memory = torch.empty(count * length, pin_memory=pinned)
         return self.memory[: count * length].view(count, length)
 
 
@@ -121,9 +121,10 @@ class View:
     def load(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Elements ``start .. start + length`` as float32 ``base [n]`` and ``experts [T, n]``, checked to be finite.
 
-        They lie in this thread's scratch memory: the next call overwrites them.
+        They lie on the CPU in this thread's scratch memory (page-locked if the view's device is a GPU): the next call
+        overwrites them.
         """
-        rows = _scratch.rows(len(self.experts) + 1, length)
+        rows = _scratch.rows(len(self.experts) + 1, length, self.device.type == "cuda")
         self.base.read_into(start, rows[0])
         for source, out in zip(self.experts, rows[1:].unbind(0), strict=True):
             source.read_into(start, out)
