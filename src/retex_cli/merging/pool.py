@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,23 @@ from retex_cli.merging.budget import default_threads
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+LARGE = 1 << 21
+"""Bytes from which on freed memory goes back to the system at once."""
+_M_MMAP_THRESHOLD = -3
+
+
+def give_back_large() -> None:
+    """Have glibc return every large block when it is freed, wherever it came from; others do so anyway.
+
+    Left alone it raises its bound with every large block that is freed, up to 32 MB, and from then on keeps what
+    spectral decompositions freed in one heap per thread: two to three times what is in use.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 class _Here(threading.local):
@@ -53,6 +72,7 @@ class Pool:
 @contextmanager
 def open_pool(threads: int | None) -> Iterator[Pool]:
     """A pool of workers, one per core unless told; this thread's torch runs on one thread meanwhile."""
+    give_back_large()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Pool(threads or default_threads())
