@@ -139,8 +139,9 @@ def _architectures() -> str:
         for side, counts in totals.items()
     }
     text = (
-        f"**Architectures**: tiny models of {len(found)}, averaged, loaded by their class and compared tensor by tensor "
-        f"(lost: tensors missing or wrong). retex: {each['retex']}; mergekit {peer['mergekit']}: {each['mergekit']}.\n\n"
+        f"**Architectures**: tiny models of {len(found)}, averaged, loaded by their class and compared tensor by "
+        f"tensor (lost: tensors missing or wrong). retex: {each['retex']}; mergekit {peer['mergekit']}: "
+        f"{each['mergekit']}.\n\n"
     )
     return text + _source(name, result) + "\n"
 
