@@ -11,7 +11,6 @@ from retex_cli.errors import RetexError
 from retex_cli.merging import pieces, view
 from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.memory import Held, merge_tensors
-from retex_cli.merging.pool import Pool
 from retex_cli.merging.table import METHODS, find_method
 from retex_cli.merging.view import View, spans
 
@@ -100,13 +99,6 @@ def test_the_first_error_stops_everything_and_gives_torch_its_threads_back() -> 
     with pytest.raises(RetexError):
         merge_tensors("average", base, {"a": {**base, "25": torch.full((10,), float("nan"))}}, threads=2)
     assert torch.get_num_threads() == before
-
-
-def test_a_map_inside_a_worker_does_not_wait_for_itself() -> None:
-    pool = Pool(1)
-    nested = pool.submit(lambda n: pool.map(lambda i: i * i, range(n)), 5)
-    assert nested.result(timeout=10) == [0, 1, 4, 9, 16]
-    pool.close()
 
 
 def test_spans_cover_every_element_once() -> None:
