@@ -126,7 +126,29 @@ def _flatness(result: dict[str, object]) -> str:
     return text + "\n"
 
 
+def _architectures() -> str:
+    """How many architectures came through a merge whole."""
+    name = "architectures"
+    result = load(name)
+    if result is None:
+        return ""
+    totals, peer, found = result["totals"], result["mergekit"], result["architectures"]
+    assert isinstance(totals, dict)
+    assert isinstance(peer, dict)
+    assert isinstance(found, dict)
+    each = {
+        side: ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+        for side, counts in totals.items()
+    }
+    text = (
+        f"**Architectures**: tiny models of {len(found)}, averaged, loaded by their class and compared tensor by "
+        f"tensor (lost: tensors missing or wrong). retex: {each['retex']}; mergekit {peer['mergekit']}: "
+        f"{each['mergekit']}.\n\n"
+    )
+    return text + source(name, result) + "\n"
+
+
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
-    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _speed()]
+    parts = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8"), _speed(), _architectures()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

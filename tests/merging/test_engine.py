@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retex_cli.errors import RetexError
-from retex_cli.merging import engine, view
+from retex_cli.merging import pieces, view
 from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.memory import Held, merge_tensors
 from retex_cli.merging.table import METHODS, find_method
@@ -27,7 +27,7 @@ def test_bits_do_not_depend_on_threads_or_blocks(
         task["long"] = base["long"] + 0.1 * torch.randn(30_001, generator=torch.Generator().manual_seed(7))
     whole = merge_tensors(method, base, experts, threads=1)
     monkeypatch.setattr(view, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(engine, "GROUP_ELEMENTS", 4096)
+    monkeypatch.setattr(pieces, "GROUP_ELEMENTS", 4096)
     cut = merge_tensors(method, base, experts, threads=3)
     assert all(torch.equal(whole[name], cut[name]) for name in base)
 

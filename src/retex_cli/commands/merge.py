@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.options import plain
 from retex_cli.merging.table import Method, check_tasks, find_method, options_for, overridden
 from retex_cli.merging.view import View
-from retex_cli.parallel import thread_count
+from retex_cli.parallel import one_thread_each, thread_count
 from retex_cli.progress import Progress, Silent
 
 
@@ -150,6 +150,7 @@ def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
     began = time.monotonic()
     _announce(plan, progress)
     with ExitStack() as stack:
+        stack.enter_context(one_thread_each())
         for checkpoint in (plan.base, *plan.experts.values()):
             stack.callback(checkpoint.close)
             checkpoint.fetch(progress)
@@ -302,15 +303,20 @@ def _stream(plan: MergePlan, prepared: Prepared, writer: Writer, progress: Progr
 
 
 class _Hashing:
-    """SHA-256 of every input file, computed beside the merge."""
+    """SHA-256 of every input file: beside the merge on whatever is idle, or after it if threads are counted."""
 
     def __init__(self, plan: MergePlan) -> None:
-        files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
-        self._pool = ThreadPoolExecutor(min(len(files), plan.config.threads or budget.default_threads()), "sha256")
-        self._pending = {path: self._pool.submit(sha256_file, path) for path in files}
+        self._files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
+        threads = plan.config.threads or budget.default_threads()
+        self._pool = ThreadPoolExecutor(min(len(self._files), threads), "sha256")
+        self._pending = {} if plan.config.threads else self._begin()
+
+    def _begin(self) -> dict[Path, Future[str]]:
+        return {path: self._pool.submit(sha256_file, path) for path in self._files}
 
     def all(self) -> dict[Path, str]:
         """File -> hexadecimal digest, once all are known."""
+        self._pending = self._pending or self._begin()
         return {path: future.result() for path, future in self._pending.items()}
 
     def close(self) -> None:

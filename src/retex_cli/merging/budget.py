@@ -1,18 +1,33 @@
-"""How much memory a merge needs: what is under way at once, in bytes, from shapes alone."""
+"""How much memory a merge needs: what is under way at once, in bytes, from shapes alone.
+
+A budget is split three ways. Every worker has its blocks of all inputs, with what is computed from one. What is left
+goes to finished pieces that wait to be written, and to first passes over tensors with what they leave behind.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from retex_cli.merging.matrices import CELL_ELEMENTS
 from retex_cli.merging.table import Method
-from retex_cli.merging.view import BLOCK_ELEMENTS, GRID, View
+from retex_cli.merging.view import GRID, View
 
-DEFAULT = 1 << 27
-"""Bytes under way where nobody says: blocks and finished pieces; more where a method needs more."""
+DEFAULT = 3 << 25
+"""Bytes for first passes where nobody says (100 MB); more where a method needs more."""
 GROUP_ELEMENTS = 1 << 19
 """Elements of output that a worker makes in one go."""
+WAITING = 4
+"""Finished pieces per worker that may wait for their turn to be written."""
+COPIES = {"element": 7, "rows": 3, "tensor": 3}
+"""What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most)."""
+LIBRARY = 8 << 20
+"""Bytes that libraries for linear algebra keep for themselves, for each worker."""
+FIXED = 6 << 20
+"""Bytes of whatever does not grow: file buffers, stacks, a few small tensors."""
+COLLECTED = 6
+"""Bytes per value that the selection of order statistics collects, with room to gather them."""
 
 
 def default_threads() -> int:
@@ -34,20 +49,62 @@ def first_pass_bytes(method: Method, view: View) -> int:
     return 16 * (tasks + 4) * short * short + 24 * tasks * max(CELL_ELEMENTS, short) + held
 
 
-def block_bytes(views: Iterable[View], threads: int) -> int:
-    """Every worker's block of all inputs and the piece of output that it makes."""
-    widest = max((len(view.experts) + 1 for view in views), default=1)
-    return threads * 4 * (max(BLOCK_ELEMENTS, widest * GRID) + GROUP_ELEMENTS)
+def kept_bytes(method: Method, view: View) -> int:
+    """What of that is left until the tensor is written: the merged task vector, or the small factors of a tall one."""
+    if first_pass_bytes(method, view) == 0:
+        return 0
+    rows, columns = view.numel // view.row, view.row
+    return 4 * view.numel if method.granularity == "tensor" or rows < columns else 16 * columns * columns
 
 
-def least(method: Method, views: list[View], threads: int | None) -> int:
+def block_bytes(method: Method, views: Sequence[View], threads: int) -> int:
+    """Every worker's block of all inputs, what is computed from it, and the piece of output that it makes."""
+    largest = max((_block_elements(method, view) for view in views), default=0)
+    library = 0 if method.granularity == "element" else LIBRARY
+    return FIXED + threads * (4 * (COPIES[method.granularity] * largest + GROUP_ELEMENTS) + library)
+
+
+def _block_elements(method: Method, view: View) -> int:
+    inputs = len(view.experts) + 1
+    row = view.row if len(view.shape) > 1 else 0
+    least = GRID if method.granularity == "element" else CELL_ELEMENTS
+    return inputs * min(max(view.block_length(), least, row), view.numel)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes for finished pieces, for first passes, and how many values one selection may collect of a tensor alone,
+    and of all tensors before the first is merged."""
+
+    finished: int
+    ahead: int
+    values: int
+    surveyed_values: int
+
+
+def split(method: Method, views: Sequence[View], threads: int, budget: int) -> Shares:
+    """What of a budget goes where; a budget below ``least`` gets the smallest shares that work."""
+    free = max(0, budget - block_bytes(method, views, threads))
+    largest = max((first_pass_bytes(method, view) for view in views), default=0)
+    finished = min(_waiting_bytes(threads), max(0, free - largest) // 4)
+    ahead = free - finished
+    return Shares(finished, ahead, max(GRID, ahead // (COLLECTED * threads)), max(GRID, free // COLLECTED))
+
+
+def _waiting_bytes(threads: int) -> int:
+    return threads * WAITING * 4 * GROUP_ELEMENTS
+
+
+def least(method: Method, views: Sequence[View], threads: int | None) -> int:
     """The smallest budget with which a merge is possible: the blocks, and the largest tensor's first passes."""
     needs = [first_pass_bytes(method, view) for view in views]
-    return block_bytes(views, threads or default_threads()) + max(needs, default=0)
+    return block_bytes(method, views, threads or default_threads()) + max(needs, default=0)
 
 
-def usual(method: Method, views: list[View], threads: int | None) -> int:
-    """The budget where nobody gives one: every worker on one of the largest tensors."""
+def usual(method: Method, views: Sequence[View], threads: int | None) -> int:
+    """The budget where nobody gives one: every worker on one of the largest tensors, and none waits to write."""
     workers = threads or default_threads()
     needs = sorted((first_pass_bytes(method, view) for view in views), reverse=True)
-    return max(DEFAULT, block_bytes(views, workers) + sum(needs[:workers]))
+    kept = 2 * max((kept_bytes(method, view) for view in views), default=0)
+    ahead = max(DEFAULT, sum(needs[:workers]) + kept)
+    return block_bytes(method, views, workers) + _waiting_bytes(workers) + ahead

@@ -7,49 +7,29 @@ tensor is cut, so neither does the output.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, cast
+from dataclasses import replace
+from functools import partial
+from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
-from retex_cli.errors import RetexError
-from retex_cli.merging.budget import DEFAULT, GROUP_ELEMENTS, first_pass_bytes
+from retex_cli.merging.budget import default_threads, first_pass_bytes, kept_bytes, split
 from retex_cli.merging.depth import depths, is_running_statistic
 from retex_cli.merging.linear import average
 from retex_cli.merging.lines import l1_norms, lines, paper_alpha
 from retex_cli.merging.options import Value
-from retex_cli.merging.pool import Pool, Watched, pool_of
+from retex_cli.merging.pieces import Copy, Merge, Piece, on_device, pieces
+from retex_cli.merging.pool import Pool, Watched, open_pool
 from retex_cli.merging.table import MODIFIERS, Method
-from retex_cli.merging.view import Kernel, Source, View, check_finite
+from retex_cli.merging.view import Kernel, View
 
-A = TypeVar("A")
-B = TypeVar("B")
+__all__ = ["Copy", "Merge", "Sink", "stream"]
 
 AHEAD = 16
 """Tensors whose first passes run ahead of the one being merged, at most and as far as the budget goes."""
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A tensor to merge by ``method`` with ``options``, written as ``dtype``."""
-
-    view: View
-    options: Mapping[str, Value]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A tensor to copy from one source, written as ``dtype``."""
-
-    source: Source
-    numel: int
-    dtype: torch.dtype
 
 
 class MethodFunction(Protocol):
@@ -71,18 +51,6 @@ class Sink(Protocol):
         """The next elements, in the tensor's own output dtype."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of blocks of one tensor: elements ``start .. stop``."""
-
-    start: int
-    stop: int
-    work: Callable[[int, int], Tensor]
-
-    def __call__(self) -> Tensor:
-        return self.work(self.start, self.stop)
-
-
 def stream(
     method: Method,
     steps: Sequence[Merge | Copy],
@@ -95,59 +63,72 @@ def stream(
 ) -> None:
     """Merge and copy ``steps`` in order into ``sink``.
 
-    ``budget`` bounds the bytes of blocks under way (at least one is always let through); ``begin(label, total)`` is
-    called before a pass over the whole model and before the merge, ``advance(1)`` as a step of either is finished.
-    Raises ``RetexError`` for a NaN or infinity in any input, and for a result that does not fit the output dtype.
+    ``budget`` bounds the bytes under way (at least one tensor is always let through); ``begin(label, total)`` is called
+    before a pass over the whole model and before the merge, ``advance(1)`` as a step of either is finished. Raises
+    ``RetexError`` for a NaN or infinity in any input, and for a result that does not fit the output dtype.
     """
-    with pool_of(threads) as pool:
+    views = [step.view for step in steps if isinstance(step, Merge)]
+    shares = split(method, views, threads or default_threads(), budget)
+    with open_pool(threads) as pool:
         watched = Watched(pool, begin, advance)
-        prepare = _Preparation(method, [_with_pool(step, pool, budget) for step in steps], pool, watched)
-        finished = min(budget // 2, DEFAULT)
-        ahead = _Ahead(prepare, budget - finished)
-        window = _Window(pool, sink, finished, advance)
+        prepare = _Preparation(method, [_with_pool(step, pool, shares.surveyed_values) for step in steps], watched)
+        prepare.steps = [_with_pool(step, pool, shares.values) for step in prepare.steps]
+        window = _Window(pool, sink, shares.finished, advance)
+        ahead = _Ahead(prepare, shares.ahead, window)
         begin("merging", len(steps))
         for step in prepare.steps:
-            window.add(step, ahead.next())
+            window.add(step, ahead.next(), partial(ahead.release, step))
         window.drain()
 
 
 class _Ahead:
     """First passes under way for the tensors to come, in order, within the budget."""
 
-    def __init__(self, prepare: _Preparation, budget: int) -> None:
-        self.prepare, self.budget = prepare, budget
+    def __init__(self, prepare: _Preparation, budget: int, window: _Window) -> None:
+        self.prepare, self.budget, self.window = prepare, budget, window
         self.coming = deque(prepare.steps)
-        self.under_way: deque[tuple[Future[Kernel | None], int]] = deque()
+        self.under_way: deque[tuple[Future[Kernel | None], Merge | Copy]] = deque()
+        self.kept = 0
 
     def next(self) -> Kernel | None:
-        """The kernel of the next tensor, once it is ready."""
+        """The kernel of the next tensor, once it is ready; ``release`` when it is no longer needed."""
         self._submit()
-        return self.under_way.popleft()[0].result()
+        future, step = self.under_way.popleft()
+        self.kept += self._cost(step, kept_bytes)
+        return future.result()
+
+    def release(self, step: Merge | Copy) -> None:
+        """The tensor is written: what its first passes left behind is gone."""
+        self.kept -= self._cost(step, kept_bytes)
 
     def _submit(self) -> None:
         while self.coming and len(self.under_way) < AHEAD:
-            cost = self._cost(self.coming[0])
-            if self.under_way and cost + sum(other for _, other in self.under_way) > self.budget:
-                return
-            self.under_way.append((self.prepare.pool.submit(self.prepare, self.coming.popleft()), cost))
+            step = self.coming[0]
+            if self._held() + self._cost(step, first_pass_bytes) > self.budget:
+                if self.under_way:
+                    return
+                self.window.drain()
+            self.under_way.append((self.window.pool.submit(self.prepare, self.coming.popleft()), step))
 
-    def _cost(self, step: Merge | Copy) -> int:
-        return first_pass_bytes(self.prepare.method, step.view) if isinstance(step, Merge) else 0
+    def _held(self) -> int:
+        """Bytes of first passes under way and of what earlier ones left behind."""
+        coming = (self._cost(s, kept_bytes if future.done() else first_pass_bytes) for future, s in self.under_way)
+        return self.kept + sum(coming)
+
+    def _cost(self, step: Merge | Copy, count: Callable[[Method, View], int]) -> int:
+        return count(self.prepare.method, step.view) if isinstance(step, Merge) else 0
 
 
-def _with_pool(step: Merge | Copy, pool: Pool, budget: int) -> Merge | Copy:
-    """Tell a tensor who helps with its first passes, and how many values they may hold: half the budget."""
-    if isinstance(step, Copy):
-        return step
-    return replace(step, view=replace(step.view, map=pool.map, room=max(1 << 16, budget // 8)))
+def _with_pool(step: Merge | Copy, pool: Pool, values: int) -> Merge | Copy:
+    """Tell a tensor who helps with its first passes, and how many values they may collect."""
+    return step if isinstance(step, Copy) else replace(step, view=replace(step.view, map=pool.map, room=values))
 
 
 class _Preparation:
     """What must be known before a tensor's first block: surveys of the model, then first passes over the tensor."""
 
-    def __init__(self, method: Method, steps: Sequence[Merge | Copy], pool: Pool, watched: Watched) -> None:
-        self.function, self.method, self.pool = cast(MethodFunction, method.function()), method, pool
-        self.watched = watched
+    def __init__(self, method: Method, steps: Sequence[Merge | Copy], watched: Watched) -> None:
+        self.function, self.method, self.watched = cast(MethodFunction, method.function()), method, watched
         self.steps = self._surveyed(cast(SurveyFunction | None, method.survey_function()), steps)
         self.depths = depths(step.view.name for step in self.steps if isinstance(step, Merge))
         self.lines_alpha = self._lines_alpha()
@@ -156,6 +137,10 @@ class _Preparation:
         """First passes over one tensor; None where there is nothing to compute."""
         if isinstance(step, Copy) or step.view.numel == 0:
             return None
+        with on_device(step.view.device):
+            return self._with_lines(step)
+
+    def _with_lines(self, step: Merge) -> Kernel:
         kernel = self._plain(step)
         if "lines" not in step.options or is_running_statistic(step.view.name):
             return kernel
@@ -188,7 +173,9 @@ class _Preparation:
         asked = [s for s in self.steps if isinstance(s, Merge) and s.options.get("lines_alpha") == "auto"]
         if not asked:
             return 1.0
-        norms = self.watched(lambda s: l1_norms(s.view, self._plain(s)) if s.view.numel else (0.0, 0.0), asked)
+        one_by_one = self.method.granularity != "element"  # their first passes are large
+        over = self.watched.one_by_one if one_by_one else self.watched
+        norms = over(lambda s: l1_norms(s.view, self._plain(s)) if s.view.numel else (0.0, 0.0), asked)
         return paper_alpha(norms, max(len(s.view.tasks) for s in asked))
 
 
@@ -207,71 +194,36 @@ class _Window:
 
     def __init__(self, pool: Pool, sink: Sink, budget: int, advance: Callable[[int], None]) -> None:
         self.pool, self.sink, self.budget, self.advance = pool, sink, budget, advance
-        self.under_way: deque[tuple[Future[Tensor] | None, int]] = deque()
+        self.under_way: deque[tuple[Future[Tensor], int] | Callable[[], None]] = deque()
         self.used = 0
 
-    def add(self, step: Merge | Copy, kernel: Kernel | None) -> None:
+    def add(self, step: Merge | Copy, kernel: Kernel | None, written: Callable[[], None]) -> None:
         """Queue every piece of one tensor, writing out finished ones where the budget asks for it."""
-        for piece, cost in _pieces(step, kernel):
-            while self.under_way and self.used + cost > self.budget:
+        for piece in pieces(step, kernel):
+            while self.under_way and self.used + piece.nbytes > self.budget:
                 self._write_one()
-            self.under_way.append((self.pool.submit(Piece.__call__, piece), cost))
-            self.used += cost
-            while self.under_way and (future := self.under_way[0][0]) is not None and future.done():
-                self._write_one()
-        self.under_way.append((None, 0))
+            self.under_way.append((self.pool.submit(Piece.__call__, piece), piece.nbytes))
+            self.used += piece.nbytes
+            self._write_finished()
+        self.under_way.append(written)
+        self._write_finished()
 
     def drain(self) -> None:
         """Write out all that is left."""
         while self.under_way:
             self._write_one()
 
+    def _write_finished(self) -> None:
+        """Write out what nobody need wait for."""
+        while self.under_way and (callable(first := self.under_way[0]) or first[0].done()):
+            self._write_one()
+
     def _write_one(self) -> None:
-        future, cost = self.under_way.popleft()
-        if future is None:
+        first = self.under_way.popleft()
+        if callable(first):
+            first()
             self.advance(1)
             return
+        future, nbytes = first
         self.sink.write(future.result())
-        self.used -= cost
-
-
-def _pieces(step: Merge | Copy, kernel: Kernel | None) -> Iterator[tuple[Piece, int]]:
-    """The pieces of one tensor, each with the bytes it needs while under way."""
-    if isinstance(step, Copy):
-        for start in range(0, step.numel, GROUP_ELEMENTS):
-            stop = min(start + GROUP_ELEMENTS, step.numel)
-            yield Piece(start, stop, lambda start, stop: _copy(step, start, stop)), (stop - start) * step.dtype.itemsize
-    elif kernel is not None:
-        view, chosen = step.view, kernel
-        length = view.block_length(chosen.unit)
-        group = -(-GROUP_ELEMENTS // length) * length
-        inputs = 4 * (len(view.experts) + 1) * length
-        for start in range(0, view.numel, group):
-            stop = min(start + group, view.numel)
-            cost = (stop - start) * step.dtype.itemsize + (0 if chosen.unit < view.row else inputs)
-            yield Piece(start, stop, lambda start, stop: _merge(step, chosen, length, start, stop)), cost
-
-
-def _copy(step: Copy, start: int, stop: int) -> Tensor:
-    out = torch.empty(stop - start, dtype=step.dtype)
-    step.source.read_into(start, out)
-    if out.is_floating_point():
-        check_finite(out, step.source.where, start)
-    return out
-
-
-def _merge(step: Merge, kernel: Kernel, length: int, start: int, stop: int) -> Tensor:
-    """Elements ``start .. stop`` of the merged tensor, in the output dtype, on the CPU."""
-    out = torch.empty(stop - start, dtype=step.dtype)
-    device = step.view.device
-    for at in range(start, stop, length):
-        base, experts = step.view.load(at, min(length, stop - at), kernel.base_only)
-        if device.type != "cpu":
-            base, experts = base.to(device), experts.to(device)
-        out[at - start : at - start + base.numel()] = kernel.merge(base, experts, at)
-    if not math.isfinite(out.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(out).all()):
-        raise RetexError(
-            f"tensor {step.view.name!r} does not fit {str(step.dtype).removeprefix('torch.')} once merged",
-            "write a wider type, for instance with --dtype float32, or lower alpha",
-        )
-    return out
+        self.used -= nbytes

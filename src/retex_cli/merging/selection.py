@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TypeVar
 
@@ -88,9 +89,10 @@ def order_statistics(
         shares = {key: k / elements[key[0]] for key, k in wanted.items()}
         brackets, room = _brackets(views, population, shares), _Room(views[0].room)
         tallies = _visit(views, population, {key: _TallyMaker(bounds, room) for key, bounds in brackets.items()})
-        for key, k in wanted.items():
-            answer = tallies[key].answer(k)
-            found[key] = _by_bits(views, population, key, k) if answer is None else answer
+        answers = {key: tallies.pop(key).answer(k) for key, k in wanted.items()}
+        missed = {key: wanted[key] for key, answer in answers.items() if answer is None}
+        found = {key: answer for key, answer in answers.items() if answer is not None}
+        found |= _by_bits(views, population, missed) if missed else {}
     return {
         row: tuple(found.get((row, i), math.inf) for i in range(len(asked[row] or ranks(row, 1)))) for row in elements
     }
@@ -225,11 +227,15 @@ class _Histogram(_Counter):
         return (1 << 16) - 1 - place, k - before
 
 
-def _by_bits(views: Sequence[View], population: Population, key: Key, k: int) -> float:
-    """The k-th largest by two counting passes: always right, never large, slower."""
-    upper, rank = _visit(views, population, {key: _Histogram})[key].rank(k)
-    lower, _ = _visit(views, population, {key: lambda: _Histogram(upper)})[key].rank(rank)
-    ordered = upper << 16 | lower
+def _by_bits(views: Sequence[View], population: Population, wanted: Mapping[Key, int]) -> dict[Key, float]:
+    """The wanted ranks by two counting passes: always right, never large, slower."""
+    counted = _visit(views, population, dict.fromkeys(wanted, _Histogram))
+    upper = {key: counted[key].rank(k) for key, k in wanted.items()}
+    counted = _visit(views, population, {key: partial(_Histogram, place) for key, (place, _) in upper.items()})
+    return {key: _from_bits(place << 16 | counted[key].rank(k)[0]) for key, (place, k) in upper.items()}
+
+
+def _from_bits(ordered: int) -> float:
     bits = ordered ^ (0x80000000 if ordered >> 31 else 0xFFFFFFFF)
     return float(np.uint32(bits).view(np.float32))
 
@@ -240,17 +246,18 @@ C = TypeVar("C", _Tally, _Histogram)
 def _visit(views: Sequence[View], population: Population, make: Mapping[Key, Callable[[], C]]) -> dict[Key, C]:
     """Pass over all ``views`` once and give every value of each row to the counters of that row."""
 
-    def visit(pieces: list[tuple[View, int, int]]) -> dict[Key, C]:
+    totals, lock = {key: new() for key, new in make.items()}, threading.Lock()
+
+    def visit(pieces: list[tuple[View, int, int]]) -> None:
         counters = {key: new() for key, new in make.items()}
         for view, first, stop in pieces:
             for _, base, experts in view.blocks(first=first, stop=stop):
                 _count(counters, population, view, base, experts)
-        return counters
+        with lock:
+            for key, counter in counters.items():
+                totals[key].merge(counter)
 
-    totals = {key: new() for key, new in make.items()}
-    for part in views[0].map(visit, spans(views, SPAN)):
-        for key, counter in part.items():
-            totals[key].merge(counter)
+    views[0].map(visit, spans(views, SPAN))
     return totals
 
 

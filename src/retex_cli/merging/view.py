@@ -73,9 +73,9 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
-    def rows(self, count: int, length: int) -> Tensor:
-        if self.memory.numel() < count * length:
-            self.memory = torch.empty(count * length)
+    def rows(self, count: int, length: int, pinned: bool) -> Tensor:
+        if self.memory.numel() < count * length or self.memory.is_pinned() != pinned:
+            self.memory = torch.empty(count * length, pin_memory=pinned)
         return self.memory[: count * length].view(count, length)
 
 
@@ -145,10 +145,11 @@ class View:
     def load(self, start: int, length: int, base_only: bool = False) -> tuple[Tensor, Tensor]:
         """Elements ``start .. start + length`` as float32 ``base [n]`` and ``experts [T, n]``, checked to be finite.
 
-        They lie in this thread's scratch memory: the next call overwrites them.
+        They lie on the CPU in this thread's scratch memory (page-locked if the view's device is a GPU): the next call
+        overwrites them.
         """
         experts = () if base_only else self.experts
-        rows = _scratch.rows(len(experts) + 1, length)
+        rows = _scratch.rows(len(experts) + 1, length, self.device.type == "cuda")
         self.base.read_into(start, rows[0])
         for source, out in zip(experts, rows[1:].unbind(0), strict=True):
             source.read_into(start, out)
@@ -156,11 +157,13 @@ class View:
             self._locate(rows, start)
         return rows[0], rows[1:]
 
-    def blocks(self, unit: int = 1, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def blocks(
+        self, unit: int = 1, first: int = 0, stop: int | None = None, *, base_only: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """``(start, base [n], experts [T, n])`` block by block, in scratch memory."""
         stop, length = self.numel if stop is None else stop, self.block_length(unit)
         for start in range(first, stop, length):
-            yield start, *self.load(start, min(length, stop - start))
+            yield start, *self.load(start, min(length, stop - start), base_only)
 
     def _locate(self, rows: Tensor, start: int) -> None:
         """Raise for the first value that is not finite; return if only the sum overflowed."""
