@@ -109,8 +109,9 @@ def _exactness() -> str:
     kinds = list(dict.fromkeys(row["dtype"] for row in rows))
     text = (
         f"**The same tensors as {' and '.join(peers)} (with its peft)**, by `retex merge --config` on mergekit's own "
-        f"files, small models of the shapes {', '.join(shapes)}: the largest difference of an entry, relative to the largest of the tensor's task vectors, outside of "
-        "ties at a threshold; in brackets the share of all entries that differ by more than rounding.\n\n"
+        f"files, for small models of the shapes {', '.join(shapes)}: the largest difference of an entry, relative to "
+        "the largest of the tensor's task vectors, outside of ties at a threshold; in brackets the share of all entries "
+        "that differ by more than rounding.\n\n"
     )
     text += _row(["peer", "method", *kinds, "where they differ"]) + "|---" * (3 + len(kinds)) + "|\n"
     for peer, method in dict.fromkeys((row["peer"], row["method"]) for row in rows):
