@@ -110,8 +110,8 @@ def _exactness() -> str:
     text = (
         f"**The same tensors as {' and '.join(peers)} (with its peft)**, by `retex merge --config` on mergekit's own "
         f"files, for small models of the shapes {', '.join(shapes)}: the largest difference of an entry, relative to "
-        "the largest of the tensor's task vectors, outside of ties at a threshold; in brackets the share of all entries "
-        "that differ by more than rounding.\n\n"
+        "the largest of the tensor's task vectors, outside of ties at a threshold; in brackets the share of all "
+        "entries that differ by more than rounding.\n\n"
     )
     text += _row(["peer", "method", *kinds, "where they differ"]) + "|---" * (3 + len(kinds)) + "|\n"
     for peer, method in dict.fromkeys((row["peer"], row["method"]) for row in rows):
