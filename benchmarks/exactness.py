@@ -89,11 +89,16 @@ TIED = "entries of one magnitude at the threshold: retex keeps them all, mergeki
 NOTES = {
     **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), TIED),
     **dict.fromkeys(RANDOM, "each draws masks of its own: density 1 here"),
-    "sce": "entries of one variance at the threshold: as for ties",
+    "sce": "entries of one variance at the threshold: as for ties, and with them the tasks' weights",
     "slerp": "one vector all zero, the other not: retex interpolates linearly, mergekit at a right angle",
 }
-SUMS = "mergekit sums in bfloat16: small sums change their sign"
-ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce")
+IN_BFLOAT16 = {
+    **dict.fromkeys(
+        ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce"),
+        "mergekit sums in bfloat16: small sums change their sign",
+    ),
+    "model_stock": "mergekit takes norms and angles in bfloat16",
+}
 SHAPES: dict[str, dict[str, object]] = {
     "llama": {
         "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5,
@@ -198,7 +203,7 @@ def mergekit_rows(scratch: Path, python: Path) -> list[dict[str, object]]:
             shape_rows(scratch / shape / str(stored).removeprefix("torch."), shape, dtype, python) for shape in SHAPES
         ]
         for method in METHODS:
-            notes = [NOTES.get(method, ""), SUMS if dtype is None and method in ELECTED else ""]
+            notes = [NOTES.get(method, ""), "" if stored == torch.float32 or dtype else IN_BFLOAT16.get(method, "")]
             row: dict[str, object] = {"peer": PEERS[0], "method": method, "dtype": kind}
             row |= {key: max(each[method][key] for each in found) for key in ("worst", "beyond")}
             rows.append(row | {"note": "; ".join(filter(None, notes))})

@@ -139,6 +139,11 @@ def test_an_unknown_key_like_nothing_lists_the_known_ones(tmp_path: Path) -> Non
     assert refused(tmp_path, "[tasks.cars]\nzzz = 1").hint == "known: expert, inputs, test, validation"
 
 
+def test_an_option_may_differ_between_tasks(tmp_path: Path) -> None:
+    (tmp_path / "retex.toml").write_text("[merge]\nmethod = 'ties'\n[merge.weight]\ncars = 1.5\n'*' = 1\n")
+    assert Workspace.load(tmp_path).merge.options == {"weight": {"cars": 1.5, "*": 1}}
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [

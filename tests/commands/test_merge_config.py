@@ -187,6 +187,20 @@ def test_the_recipe_keeps_the_file_and_says_what_was_chosen(workplace: Path) -> 
     }  # fmt: skip
 
 
+def test_an_adapter_on_the_base_is_an_expert(read: Read, workplace: Path) -> None:
+    """Rank 1, alpha 2: B A times 2."""
+    (workplace / "tuned").mkdir()
+    key = "base_model.model.layers.0.mlp.lora_{}.weight"
+    factors = {key.format("A"): torch.tensor([[1.0, 2.0]]), key.format("B"): torch.tensor([[0.5], [1.0]])}
+    save_file(factors, "tuned/adapter_model.safetensors")
+    (workplace / "tuned" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2, "r": 1}')
+    config = read(yml("task_arithmetic", b="{weight: 3}").replace("model: a,", "model: base+tuned,"))
+    assert config.experts == {"tuned": "tuned", "b": "b"}
+    wanted = 3 * B + 2 * torch.tensor([[0.5, 1.0], [1.0, 2.0]])
+    assert tau_of(config, "layers.0.mlp.weight") == wanted.flatten().tolist()
+    assert tau_of(replace(config, overwrite=True), "norm.weight") == (3 * B).flatten().tolist()
+
+
 def test_what_the_base_lacks_is_named_as_left_out(workplace: Path) -> None:
     expert = load_file("a/model.safetensors")
     grown = {**expert, "lm_head.weight": torch.ones(2, 2), "embed.weight": torch.ones(2, 2)}
