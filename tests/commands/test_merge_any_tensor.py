@@ -63,7 +63,7 @@ def merged_by(method: str, models: tuple[Path, dict[str, Path]], output: Path, *
     return load_file(output)
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.needs_inputs is False])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.needs_inputs])
 def test_every_tensor_comes_out_of_every_method(
     method: str, models: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
