@@ -128,14 +128,14 @@ def _textile(root: Path) -> Iterator[Raw]:
 
 
 def cells(image: Pixels) -> Pixels:
-    """Mean, darkest and brightest pixel of every cell: uint8 [height, width] -> [SIZE, SIZE, 3].
+    """Brightness of every cell, and how rough it is across and down: uint8 [height, width] -> [SIZE, SIZE, 3].
 
-    A local defect of the textile is a few pixels wide, which a mean alone would wash away.
+    A local defect of the textile is a speckle a few pixels wide, which brightness alone would wash away.
     """
-    grey = torch.tensor(image, dtype=torch.float32)[None]
-    pool, extreme = torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.adaptive_max_pool2d
-    parts = torch.cat([pool(grey, SIZE), -extreme(-grey, SIZE), extreme(grey, SIZE)])
-    summary: Pixels = parts.round().to(torch.uint8).permute(1, 2, 0).numpy()
+    grey = torch.tensor(image, dtype=torch.float32)
+    across, down = (2 * grey.diff(dim=dim, append=grey.narrow(dim, -1, 1)).abs() for dim in (1, 0))
+    parts = torch.nn.functional.adaptive_avg_pool2d(torch.stack([grey, across, down]), SIZE)
+    summary: Pixels = parts.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     return summary
 
 

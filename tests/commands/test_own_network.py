@@ -138,6 +138,17 @@ def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: R
     assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
 
 
+def test_recovered_variances_are_positive_at_any_budget(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here, "--quiet").code == 0
+    result = retex("fit-offsets", "-w", here, "--quiet", "--budget", "15%")
+    assert result.code == 0, result.err
+    assert retex("recover", "-w", here, "--task", "bars", "-o", "back/", "--quiet").code == 0
+    back = load_file("back/model.safetensors")
+    variances = [value for name, value in back.items() if name.endswith("running_var")]
+    assert len(variances) == 3
+    assert all(bool((value > 0).all()) for value in variances)
+
+
 def test_recovery_without_identification_never_imports_the_module(here: Path, retex: Retex) -> None:
     for command in ("merge", "fit-offsets"):
         assert retex(command, "-w", here, "--quiet").code == 0
