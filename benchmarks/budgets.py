@@ -34,7 +34,7 @@ def retex(*arguments: str, folder: Path) -> dict[str, object]:
 def main() -> None:
     """Read the command line, run all budgets, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("text4", "text8", "vision6"))
+    parser.add_argument("suite", choices=("text4", "text8"))
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

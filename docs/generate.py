@@ -85,6 +85,23 @@ validation = "data/cars-validation.jsonl"        # labelled; read where a scale 
 
 What commands write, and read where no flag says otherwise, lies beside the file: `merged/`, `offsets.safetensors`,
 `signatures.safetensors`, `recovered/NAME/`.
+
+## Networks of your own
+
+Merging, fitting and recovery take any checkpoint. Where a network has to run (signatures, identification, `eval`) and
+transformers cannot build it, `model = "package.module:function"` does: in a module beside `retex.toml`, or an installed
+one.
+
+```python
+def build(config):  # the parsed config.json of the base or of an expert
+    return Net(classes=len(config.get("id2label", ())))  # a torch.nn.Module; the base has no head
+```
+
+retex loads the checkpoint's weights into it, BatchNorm statistics included, and calls it as `module(**inputs)`: a
+tokenizer's or image processor's output, or the tensors of a `.safetensors` file by their names. It returns logits
+[inputs, classes] in the order of `id2label`, or an object with `logits`. Signatures look at the children of its longest
+`ModuleList` or `Sequential`, or at the submodules that its attribute `feature_layers` names; images are
+[inputs, channels, height, width], sequences [inputs, positions, width].
 """
 
 

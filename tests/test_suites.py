@@ -98,14 +98,14 @@ def test_prepared_images_are_small_square_and_in_three_channels(suites) -> None:
     assert (found[1, 0, 0], found[1, 0, -1], found[0].max()) == (0, 200, 0)
 
 
-def test_cells_keep_what_a_mean_would_wash_away(suites) -> None:
+def test_cells_keep_what_brightness_alone_would_wash_away(suites) -> None:
     size = suites.vision_tasks.SIZE
     image = np.full((4 * size, 4 * size), 100, np.uint8)
-    image[1, 2], image[2, 1] = 255, 0
+    image[1, 0:3:2], image[1, 1] = 132, 68
     found = suites.vision_tasks.cells(image)
-    assert found.shape == (size, size, 3)
-    assert found[0, 0].tolist() == [103, 0, 255]  # 100 + (155 - 100) / 16
-    assert found[1, 1].tolist() == [100, 100, 100]
+    assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
+    assert found[0, 0].tolist() == [102, 20, 24]  # (32 + 32 - 32) / 16, 2 (64 + 64 + 32) / 16, 2 (6 x 32) / 16
+    assert found[1, 1].tolist() == [100, 0, 0]
 
 
 def test_strokes_follow_the_pen(suites) -> None:

@@ -138,6 +138,29 @@ def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: R
     assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
 
 
+def test_small_variances_beside_large_ones_come_back(
+    tmp_path: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that does not matter to the largest of them would be the end of the smallest."""
+    monkeypatch.chdir(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(256, 64, generator=draw)
+    spread = torch.linspace(-4, 4, 256)
+    experts = [10 ** (spread + 0.3 * torch.randn(256, generator=draw)) for _ in range(2)]
+    save_file({"conv.weight": base, "bn.running_var": 10**spread}, "base.safetensors")
+    for name, variance in zip("ab", experts, strict=True):
+        tuned = base + 0.1 * torch.randn(256, 64, generator=draw)
+        save_file({"conv.weight": tuned, "bn.running_var": variance}, f"{name}.safetensors")
+    given = ("--expert", "a=a.safetensors", "--expert", "b=b.safetensors")
+    result = retex("merge", "--base", "base.safetensors", *given, "-o", "m.safetensors")
+    assert result.code == 0, result.err
+    assert retex("fit-offsets", "--merged", "m.safetensors", *given, "--budget", "5%").code == 0
+    assert retex("recover", "--merged", "m.safetensors", "--task", "a", "-o", "back.safetensors").code == 0
+    ratio = load_file("back.safetensors")["bn.running_var"] / experts[0]
+    assert ratio.min() > 0.5
+    assert ratio.max() < 2
+
+
 def test_recovery_without_identification_never_imports_the_module(here: Path, retex: Retex) -> None:
     for command in ("merge", "fit-offsets"):
         assert retex(command, "-w", here, "--quiet").code == 0

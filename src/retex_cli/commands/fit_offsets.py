@@ -32,6 +32,7 @@ from retex_cli.io.artefact import check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.provenance import checkpoint_digests, fingerprint, sha256_file, tensor_digest
 from retex_cli.models.device import choose_device
+from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress
@@ -197,9 +198,10 @@ def _fit_task(
         digest = tensor_digest(tensor)
         if name not in merged_names or not tensor.is_floating_point():
             return digest, None
-        reference = plan.merged.read(merged_names[name]).float()
-        delta = tensor[: len(reference)].float() if merged_names[name] in fit.alignment.rows else tensor.float()
-        delta = delta.to(device) - reference.to(device)
+        ours = merged_names[name]
+        reference = plan.merged.read(ours)
+        shared = tensor[: len(reference)] if ours in fit.alignment.rows else tensor
+        delta = to_domain(ours, shared.to(device)) - to_domain(ours, reference.to(device))
         if not bool(delta.isfinite().all()):
             raise RetexError(
                 f"{fit.expert.tensors[name].file}: tensor {name!r} of task {fit.task!r} holds NaN or infinity",

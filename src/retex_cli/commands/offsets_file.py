@@ -25,6 +25,7 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.dtypes import CODES, DTYPES
 from retex_cli.io.writer import TensorSpec
 from retex_cli.offsets.coder import CorruptOffsets
+from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.offsets.stream import Shape, decode
 
@@ -198,7 +199,8 @@ class OffsetsFile:
         if part.merged is None or merged is None:
             return self._file.read(f"tensors/{head}/{spec.name}")
         delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device)
-        value = merged if delta is None else (merged.to(device).float() + delta).cpu()
+        name = part.merged
+        value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
         value = value.to(spec.dtype)
         if merged.shape != spec.shape:
             value = torch.cat([value, self._file.read(f"rows/{head}/{spec.name}")])
