@@ -3,7 +3,9 @@
     python benchmarks/methods.py text8|vision6 [--rows 1000] [--methods ties,esm] [--fresh]
 
 Every method is merged by the command line at its default scale and, where it takes one, at ``alpha = auto`` (chosen by
-agreement with the experts on held-out inputs; no labels, no test data). Rows that were measured at the same commit are
+agreement with the experts on held-out inputs; no labels, no test data); networks with BatchNorm also with its running
+statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows that were measured at the same
+commit are
 kept in the cache and not measured again. The suite is made first if it is not there; results go to
 ``results/methods-SUITE.json``.
 """
@@ -40,8 +42,7 @@ VARIANTS = {
 }
 """Rows beside the methods themselves: name -> method and options."""
 
-BATCHNORM = {"average (measured BatchNorm)": "average", "task_arithmetic (measured BatchNorm)": "task_arithmetic"}
-"""Rows for suites whose network has running statistics."""
+REESTIMATED = ["--batchnorm", "reestimate"]
 
 
 class Bench:
@@ -85,16 +86,23 @@ def one(bench: Bench, suite: Path, options: list[str]) -> dict[str, object]:
         return {**bench.scores(weights), **(cost or {}), "alpha": scale["alpha"] if scale else None}
 
 
-def rows(bench: Bench) -> dict[str, tuple[Method, list[str]]]:
+def rows() -> dict[str, tuple[Method, list[str]]]:
     """Every row: its name, its method and what is typed for it."""
     plain = {name: (name, {}) for name in METHODS if METHODS[name].needs != "two experts"}
-    found = {
+    return {
         name: (METHODS[method], ["--method", method, *(f"--set={key}={value}" for key, value in given.items())])
         for name, (method, given) in {**plain, **VARIANTS}.items()
     }
-    if bench.has_batchnorm:
-        for name, method in BATCHNORM.items():
-            found[name] = (METHODS[method], ["--method", method, "--batchnorm", "measure"])
+
+
+def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dict[str, list[str]]:
+    """What is measured of one row: its defaults, with BatchNorm re-estimated where there is one, a chosen scale."""
+    found = {"default": options}
+    more = REESTIMATED if bench.has_batchnorm else []
+    if more:
+        found["batchnorm"] = [*options, *more]
+    if any(option.name == "alpha" for option in method.options) and "lines" not in name:
+        found["auto"] = [*options, *more, "--alpha", "auto"]
     return found
 
 
@@ -119,13 +127,10 @@ def main() -> None:
     store = cache(arguments.suite, arguments.rows)
     known = json.loads(store.read_text()) if store.is_file() and not arguments.fresh else {}
     chosen = set(arguments.methods.split(",")) if arguments.methods else None
-    for name, (method, options) in rows(bench).items():
+    for name, (method, options) in rows().items():
         if chosen is not None and method.name not in chosen:
             continue
-        variants = {"default": options}
-        if any(option.name == "alpha" for option in method.options) and "lines" not in name:
-            variants["auto"] = [*options, "--alpha", "auto"]
-        for variant, typed in variants.items():
+        for variant, typed in variants(bench, name, method, options).items():
             if variant in known.get(name, {}):
                 continue
             known.setdefault(name, {})[variant] = result = one(bench, folder, typed)

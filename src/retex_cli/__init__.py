@@ -91,9 +91,9 @@ def merge(
 
     ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
     ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's. ``inputs`` and ``validation``
-    (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="measure"`` asks for them; ``model``
-    is "package.module:function" for networks that transformers does not build. With
-    ``config``, a mergekit file, that says what is merged and how: ``base`` and ``experts`` are empty then.
+    (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="reestimate"`` asks for them;
+    ``model`` is "package.module:function" for networks that transformers does not build. ``config`` is a mergekit file
+    that says what is merged and how: ``base`` and ``experts`` are empty then.
     """
     from retex_cli.commands import merge as command
 

@@ -5,8 +5,8 @@ Every method that takes ``alpha`` is affine in it, so two merges, at 0 and at 1,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from retex_cli.progress import Progress, Silent
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Scales that are tried first; then the two half way to the neighbours of the best."""
+
+Adjust = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""What of merged weights is replaced before they are used: BatchNorm's statistics, or nothing."""
 
 Score = tuple[float, float]
 """Share of right (or agreeing) answers, and mean log-likelihood of those answers, which breaks ties."""
@@ -81,9 +84,11 @@ class _Search:
     inputs: Mapping[str, TaskInputs]
     zero: Mapping[str, Tensor]
     one: Mapping[str, Tensor]
+    adjust: Adjust
     batch_size: int
     threads: int
     progress: Progress
+    adjusted: dict[float, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def scores(self, alphas: Sequence[float]) -> dict[float, Score]:
         """Mean over tasks, for every alpha. One network is built per task."""
@@ -110,6 +115,9 @@ class _Search:
         found = []
         for alpha in alphas:
             merged = {n: torch.lerp(zero, self.one[n], alpha) for n, zero in self.zero.items()}
+            if alpha not in self.adjusted:  # every task's network gets the same
+                self.adjusted[alpha] = self.adjust(merged)
+            merged |= self.adjusted[alpha]
             self.models.load_merged(network, task, merged)
             logits = classify(network, rows, self.batch_size, self.threads, Silent())
             share = (logits.argmax(1) == target).float().mean().item() / best
@@ -130,6 +138,7 @@ def choose_scale(
     steps: Sequence[Merge | Copy],
     models: ExpertModels,
     inputs: Mapping[str, TaskInputs],
+    adjust: Adjust,
     *,
     batch_size: int,
     threads: int,
@@ -142,7 +151,7 @@ def choose_scale(
     progress.advance()
     one = merge_steps(method, at_scale(steps, 1.0), threads=threads, budget=budget)
     progress.advance()
-    search = _Search(word, models, inputs, zero, one, batch_size, threads, progress)
+    search = _Search(word, models, inputs, zero, one, adjust, batch_size, threads, progress)
     progress.start("choosing alpha", (len(GRID) + 2) * len(models.experts))
     scores = search.scores(GRID)
     place = GRID.index(_best(scores))

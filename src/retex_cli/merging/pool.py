@@ -19,7 +19,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-LARGE = 1 << 21
+LARGE = 1 << 22
 """Bytes from which on freed memory goes back to the system at once."""
 _M_MMAP_THRESHOLD = -3
 
