@@ -4,10 +4,9 @@
 
 Every method is merged by the command line at its default scale and, where it takes one, at ``alpha = auto`` (chosen by
 agreement with the experts on held-out inputs; no labels, no test data); networks with BatchNorm also with its running
-statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows that were measured at the same
-commit are
-kept in the cache and not measured again. The suite is made first if it is not there; results go to
-``results/methods-SUITE.json``.
+statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows are kept in the cache, with the
+commit they were measured at, until ``--fresh`` asks for them again. The suite is made first if it is not there; results
+go to ``results/methods-SUITE.json``.
 """
 
 from __future__ import annotations
@@ -83,7 +82,12 @@ def one(bench: Bench, suite: Path, options: list[str]) -> dict[str, object]:
         with open_checkpoint(output) as checkpoint:
             scale = json.loads(checkpoint.metadata["retex.recipe"]).get("scale")
             weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-        return {**bench.scores(weights), **(cost or {}), "alpha": scale["alpha"] if scale else None}
+        return {
+            **bench.scores(weights),
+            **(cost or {}),
+            "alpha": scale["alpha"] if scale else None,
+            "commit": provenance()["commit"],
+        }
 
 
 def rows() -> dict[str, tuple[Method, list[str]]]:
@@ -107,9 +111,9 @@ def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dic
 
 
 def cache(suite: str, count: int) -> Path:
-    """Where the rows of this commit are kept."""
+    """Where rows are kept from run to run, each with the commit that it was measured at."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "benchmarks"
-    return home / f"methods-{suite}-{count}-{str(provenance()['commit'])[:12]}.json"
+    return home / f"methods-{suite}-{count}.json"
 
 
 def main() -> None:
@@ -125,13 +129,13 @@ def main() -> None:
     subprocess.run([sys.executable, str(make), arguments.suite, str(folder)], check=True)
     bench = Bench(folder, arguments.rows)
     store = cache(arguments.suite, arguments.rows)
-    known = json.loads(store.read_text()) if store.is_file() and not arguments.fresh else {}
+    known = json.loads(store.read_text()) if store.is_file() else {}
     chosen = set(arguments.methods.split(",")) if arguments.methods else None
     for name, (method, options) in rows().items():
         if chosen is not None and method.name not in chosen:
             continue
         for variant, typed in variants(bench, name, method, options).items():
-            if variant in known.get(name, {}):
+            if variant in known.get(name, {}) and not arguments.fresh:
                 continue
             known.setdefault(name, {})[variant] = result = one(bench, folder, typed)
             store.parent.mkdir(parents=True, exist_ok=True)

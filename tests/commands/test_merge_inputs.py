@@ -84,6 +84,17 @@ def test_a_scale_is_chosen_by_agreement_and_recorded(workspace: Path, retex: Ret
         assert torch.equal(tensor, chosen[name]), name
 
 
+def test_larger_scales_are_tried_while_they_are_better(workspace: Path, retex: Retex) -> None:
+    """A tenth of each task vector is weighed in: the best scale is ten times what it was."""
+    line = ("merge", "--method", "task_arithmetic", "--alpha", "auto", "--weight", "0.1", "-o", "m.safetensors")
+    result = retex(*line, "--json")
+    assert result.code == 0, result.err
+    scale = result.json["scale"]
+    assert isinstance(scale, dict)
+    assert scale["alpha"] > 2, scale
+    assert max(map(float, scale["tried"])) > scale["alpha"], "a larger one was no better"
+
+
 def test_a_scale_is_chosen_on_labelled_data_where_asked(workspace: Path, retex: Retex) -> None:
     flags = [f"--validation={task}=data/{task}-test.jsonl" for task in ("cars", "dtd")]  # any labelled rows do here
     result = retex("merge", "--method", "ties", "--alpha", "validation", *flags, "-o", "m.safetensors", "--json")

@@ -23,6 +23,10 @@ from retex_cli.progress import Progress, Silent
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Scales that are tried first; then the two half way to the neighbours of the best."""
 
+BEYOND, LARGEST = 1.5, 20.0
+"""Where the largest scale is the best so far, one larger by this factor is tried, up to there: methods with a flat
+spectrum (Iso-C) make task vectors that are far shorter than the sum of the experts'."""
+
 Adjust = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """What of merged weights is replaced before they are used: BatchNorm's statistics, or nothing."""
 
@@ -154,9 +158,11 @@ def choose_scale(
     search = _Search(word, models, inputs, zero, one, adjust, batch_size, threads, progress)
     progress.start("choosing alpha", (len(GRID) + 2) * len(models.experts))
     scores = search.scores(GRID)
-    place = GRID.index(_best(scores))
-    neighbours = [GRID[k] for k in (place - 1, place + 1) if 0 <= k < len(GRID)] + ([0.0] if place == 0 else [])
-    scores |= search.scores([round((GRID[place] + other) / 2, 4) for other in neighbours])
+    while _best(scores) == max(scores) < LARGEST:
+        scores |= search.scores([round(max(scores) * BEYOND, 4)])
+    tried = [0.0, *sorted(scores)]
+    place = tried.index(_best(scores))
+    scores |= search.scores([round((tried[place] + other) / 2, 4) for other in tried[place - 1 : place + 2 : 2]])
     sizes = {len(given.held_out if word == AUTO else given.validation) for given in inputs.values()}
     count = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else str(max(sizes))
     by = (
