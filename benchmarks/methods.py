@@ -4,9 +4,9 @@
 
 Every method is merged by the command line at its default scale and, where it takes one, at ``alpha = auto`` (chosen by
 agreement with the experts on held-out inputs; no labels, no test data); networks with BatchNorm also with its running
-statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows are kept in the cache, with the
-commit they were measured at, until ``--fresh`` asks for them again. The suite is made first if it is not there; results
-go to ``results/methods-SUITE.json``.
+statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows are kept in the cache, with
+the commit they were measured at, until ``--fresh`` asks for them again. The suite is made first if it is not there;
+results go to ``results/methods-SUITE.json``.
 """
 
 from __future__ import annotations
