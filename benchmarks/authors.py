@@ -91,7 +91,7 @@ ROWS = (
     Row("model_stock, four experts", "tanganke/fusion_bench", "fusion_bench/method/model_stock/model_stock.py",
         code.model_stock, "model_stock", note="FusionBench takes the mean angle of all pairs, retex the mean cosine"),
     Row("pcb", "duguodong7/pcb-merging", "pcb-merging.py", code.pcb, "pcb",
-        note="the repository's vision script has other constants: it clamps 1 %, keeps 5 %, scales by 1.2"),
+        note="the vision script there is another: normalised before the sum, 1 % clamped, 5 % kept, times 1.2"),
     Row("consensus", "nik-dim/tall_masks", "src/utils/tallmask_utils.py", code.consensus, "consensus", {"alpha": 1.0},
         note="they choose each task's lambda on labelled data; 0.4 for all here"),
     Row("emr", "harveyhuang18/EMR_Merging", "merge_vit/src/main_emr_merging.py", code.emr, "emr",
@@ -147,7 +147,8 @@ def checkout(folder: Path, repository: str) -> Path:
     """A clone of the repository at its commit, made if it is not there."""
     root, commit = folder / repository.replace("/", "__"), COMMITS[repository]
     if not root.is_dir():
-        subprocess.run(["git", "clone", "--quiet", f"https://github.com/{repository}", root], check=True)
+        url = f"https://github.com/{repository}"
+        subprocess.run(["git", "clone", "--quiet", "--filter=blob:none", url, root], check=True)
         subprocess.run(["git", "-C", root, "checkout", "--quiet", commit], check=True)
     here = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
     if here.stdout.strip() != commit:
