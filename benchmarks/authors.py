@@ -117,7 +117,7 @@ ROWS = (
         released=partial(code.fisher, favour_first=True)),
     Row("regmean", "bloomberg/dataless-model-merging", "src/model_merge/avg_merger.py", code.regmean, "regmean",
         given=lambda: for_roberta(make()), released=partial(code.regmean, mean=True),
-        note="they divide each task's Gram matrices by its number of rows; retex, as the paper, does not"),
+        note="they divide each task's Gram matrices by its rows (120 to 400 here); retex, as the paper, does not"),
     Row("esm, vision", "kiddo127/ESM", "ESM-ViT/src/utils/esm_utils.py", matrices(code.esm_vision), "esm",
         given=lambda: for_vision(make()), note=f"{CONVOLUTIONS}; they merge attention's output by TSV-M",
         released=code.esm_vision),
