@@ -18,7 +18,7 @@ Entry = Mapping[str, object]
 def methods_tables() -> str:
     """One table a suite, then time and memory; empty where nothing was measured."""
     parts = [_accuracy(suite, what) for suite, what in SUITES.items()]
-    parts += [_cost(), _exactness()]
+    parts += [_cost(), _exactness(), _authors()]
     measured = "\n".join(part for part in parts if part)
     return f"\n## Measured\n\n{_HEAD}\n{measured}" if measured else ""
 
@@ -96,6 +96,29 @@ def _exactness() -> str:
         note = max((entry["note"] for entry in mine.values()), key=len)
         text += row([peer, method, *(_difference(mine.get(kind)) for kind in kinds), note])
     return text + "\n" + source(name, result) + "\n"
+
+
+def _authors() -> str:
+    """The same merges by the released code of the methods' authors: one row per method."""
+    result = load("authors")
+    if result is None:
+        return ""
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    text = (
+        "### The same tensors as the authors' released code\n\nTheir functions, run from their files, and retex on a "
+        "small float32 model: the largest difference of an entry, relative to the largest of the tensor's merged task "
+        "vector, with their code in float32 and in float64; in brackets the share of all entries that differ by more "
+        "than rounding. Where their code as released follows another rule, it was run as the last column says, and "
+        "`as released` is how far its own merge lies from retex's, in percent of its task vector's norm.\n\n"
+    )
+    text += row(["method", "their code", "float32", "float64", "as released", "where they differ"]) + "|---" * 6 + "|\n"
+    for entry in rows:
+        place = f"{entry['repository']}@{entry['commit'][:10]}<br>`{entry['file']}`"
+        released = f"{100 * entry['released']:.2g} %" if "released" in entry else ""
+        worst = [_difference(entry[dtype]) for dtype in ("float32", "float64")]
+        text += row([entry["method"], place, *worst, released, entry["note"]])
+    return text + "\n" + source("authors", result) + "\n"
 
 
 def _difference(row: dict[str, object] | None) -> str:
