@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 from tables import load, percent, row, source
@@ -13,6 +15,21 @@ SUITES = {
 }
 
 Entry = Mapping[str, object]
+
+FINDINGS = Path(__file__).resolve().parent.parent / "docs" / "findings.md"
+"""Text with ``{suite:method:variant:mean}`` and the like where a measured share in percent belongs."""
+
+
+def findings() -> str:
+    """The text with its numbers put in; a dash where one was not measured."""
+    return re.sub(r"\{(\w+):([^:{}]+):(\w+):(\w+)\}", _number, FINDINGS.read_text(encoding="utf-8"))
+
+
+def _number(place: re.Match[str]) -> str:
+    suite, method, variant, key = place.groups()
+    methods = cast("dict[str, dict[str, Entry]]", (load(f"methods-{suite}") or {}).get("methods", {}))
+    value = methods.get(method, {}).get(variant, {}).get(key)
+    return "-" if value is None else f"{value:g}" if key == "alpha" else percent(value)
 
 
 def methods_tables() -> str:

@@ -1,6 +1,6 @@
 """What every merge method leaves of the experts: accuracy of the merged checkpoint alone, with each task's own head.
 
-    python benchmarks/methods.py text8|vision6 [--rows 1000] [--methods ties,esm] [--fresh]
+    python benchmarks/methods.py text8|vision6 [--rows 500] [--methods ties,esm] [--fresh]
 
 Every method is merged by the command line at its default scale and, where it takes one, at ``alpha = auto`` (chosen by
 agreement with the experts on held-out inputs; no labels, no test data); networks with BatchNorm also with its running
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -36,12 +37,19 @@ from retex_cli.progress import Silent
 from retex_cli.workspace import Workspace
 
 VARIANTS = {
-    "esm (roberta)": ("esm", {"variant": "roberta"}),
-    "task_arithmetic + lines": ("task_arithmetic", {"lines": "1"}),
+    "esm (roberta)": ("esm", ["--set=variant=roberta"]),
+    "esm (256 inputs)": ("esm", ["--samples=256"]),
+    "esm (no scalings)": ("esm", ["--set=tasks=off", "--set=columns=off", "--set=layers=off"]),
+    "task_arithmetic + lines": ("task_arithmetic", ["--set=lines=1"]),
 }
-"""Rows beside the methods themselves: name -> method and options."""
+"""Rows beside the methods themselves: name -> method and what is typed."""
 
 REESTIMATED = ["--batchnorm", "reestimate"]
+
+
+def drawn(rows: list[Example], count: int) -> list[Example]:
+    """At most ``count`` rows, the same at every call: files may be sorted by label."""
+    return rows if len(rows) <= count else random.Random(0).sample(rows, count)
 
 
 class Bench:
@@ -54,7 +62,7 @@ class Bench:
         experts = {task: open_expert(reference, self.base) for task, reference in references.items()}
         alignments = {task: align(self.base, expert) for task, expert in experts.items()}
         self.models = ExpertModels(experts, alignments, choose_device("auto", Silent()), space.model)
-        self.tests = {task: read_rows(path)[:rows] for task, path in space.with_tests({}).items()}
+        self.tests = {task: drawn(read_rows(path), rows) for task, path in space.with_tests({}).items()}
         self.has_batchnorm = any(name.endswith("running_mean") for name in self.base.tensors)
         self.expert = {task: self._accuracy(task, rows, None) for task, rows in self.tests.items()}
 
@@ -92,11 +100,8 @@ def one(bench: Bench, suite: Path, options: list[str]) -> dict[str, object]:
 
 def rows() -> dict[str, tuple[Method, list[str]]]:
     """Every row: its name, its method and what is typed for it."""
-    plain = {name: (name, {}) for name in METHODS if METHODS[name].needs != "two experts"}
-    return {
-        name: (METHODS[method], ["--method", method, *(f"--set={key}={value}" for key, value in given.items())])
-        for name, (method, given) in {**plain, **VARIANTS}.items()
-    }
+    plain = {name: (name, list[str]()) for name in METHODS if METHODS[name].needs != "two experts"}
+    return {name: (METHODS[m], ["--method", m, *typed]) for name, (m, typed) in {**plain, **VARIANTS}.items()}
 
 
 def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dict[str, list[str]]:
@@ -105,7 +110,7 @@ def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dic
     more = REESTIMATED if bench.has_batchnorm else []
     if more:
         found["batchnorm"] = [*options, *more]
-    if any(option.name == "alpha" for option in method.options) and "lines" not in name:
+    if any(option.name == "alpha" for option in method.options) and name not in VARIANTS:
         found["auto"] = [*options, *more, "--alpha", "auto"]
     return found
 
@@ -120,7 +125,7 @@ def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite")
-    parser.add_argument("--rows", type=int, default=1000, help="test rows a task, the first ones")
+    parser.add_argument("--rows", type=int, default=500, help="test rows a task, drawn at random")
     parser.add_argument("--methods", help="only these, by comma")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
     arguments = parser.parse_args()

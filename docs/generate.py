@@ -172,11 +172,11 @@ def readme() -> str:
 
 def methods_page() -> str:
     """One row per method, what was measured, and what was found."""
-    from method_tables import methods_tables
+    from method_tables import findings, methods_tables
 
     text = _METHODS + "".join(_method(method) for method in METHODS.values()) + _MODIFIERS
     text += "".join(f"| `{o.name}` ({o.default}) | {o.help} |\n" for o in MODIFIERS)
-    return text + methods_tables() + "\n" + (FOLDER / "findings.md").read_text(encoding="utf-8")
+    return text + methods_tables() + "\n" + findings()
 
 
 def _method(method: Method) -> str:
