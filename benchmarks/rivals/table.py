@@ -1,4 +1,8 @@
-"""Every rival, each at several sizes."""
+"""Every rival, each at several sizes.
+
+Offsets are those from the merged checkpoint, which favours forms that were made for task vectors: they are smaller.
+Tensors of fewer than two dimensions go into float16 wherever a paper leaves them as they are.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def _low_rank(tasks: int) -> list[Form]:
             found.append(over_merged(name, f"r = {rank}", encode, low_rank.decode))
     for parts in (1, 4, 16):
         encode = partial(low_rank.encode, rank=low_rank.share(1 / (parts * tasks)), vectors=True)
-        found.append(over_base("tsv-compress", f"1/{parts * tasks} of all", encode, low_rank.decode))
+        found.append(over_base("tsv-compress", f"1/{parts * tasks} of all", encode, low_rank.decode, "over the base"))
     return found
 
 

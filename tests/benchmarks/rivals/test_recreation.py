@@ -45,6 +45,13 @@ def test_offsets_of_an_average_need_one_dimension_less(shared: torch.Tensor) -> 
     assert left_over(case, 6, 2, rounds=60) > 0.01
 
 
+def test_room_for_everything_is_exact() -> None:
+    case = case_of(torch.randn(4, 40, 30, generator=torch.Generator().manual_seed(1)))
+    assert left_over(case, 1000, 4) < 1e-6
+    shared = recreation.encode(case, 1000, 4).shared
+    assert len(shared) == 8 + 4 + 2 * 4 * 40 * 30, "no larger than the offsets themselves"
+
+
 def test_every_round_helps() -> None:
     case = case_of(torch.randn(4, 40, 30, generator=torch.Generator().manual_seed(1)))
     for width in (4, 2):
