@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rivals.form import Case, Known, Tensors
 from retex_cli.commands.expert_models import ExpertModels, read_inputs
 from retex_cli.io.align import align
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
-from retex_cli.io.inputs import read_rows
+from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_digests
 from retex_cli.models.classifier import classify
 from retex_cli.models.device import choose_device
@@ -36,7 +37,7 @@ Answers = NDArray[np.int64]
 
 
 class Field:
-    """The experts of a suite, one merged checkpoint of theirs, and the test rows of every task, the first ``rows``.
+    """The experts of a suite, one merged checkpoint of theirs, and the test rows of every task, at most ``rows``.
 
     Tensors are handed out as retex's own offsets see them, float32 and BatchNorm's variances as logarithms, so that no
     rival loses a network to a negative variance.
@@ -57,7 +58,7 @@ class Field:
         ]
         self.tasks = tuple(experts)
         self.inputs = space.with_inputs({})
-        self.tests = {task: read_rows(path)[:rows] for task, path in space.with_tests({}).items()}
+        self.tests = {task: drawn(read_rows(path), rows) for task, path in space.with_tests({}).items()}
         self.expert_bytes = 4 * sum(self.merged.tensors[name].numel for name in self.names)
         self._truths: dict[str, Answers] = {}
         self.own = {task: self._answers(task, None) for task in self.tasks}
@@ -74,10 +75,11 @@ class Field:
         return found
 
     def fingerprint(self) -> str:
-        """What was merged and into what: the experts' folders, which are named by their recipes, and the result."""
+        """Of the experts' folders, which are named by their recipes, their answers, and the merged tensors."""
         state = hashlib.sha256()
         for task, expert in self.models.experts.items():
-            state.update(f"{task} {Path(expert.reference).resolve().name} {len(self.tests[task])}\n".encode())
+            state.update(f"{task} {Path(expert.reference).resolve().name}\n".encode())
+            state.update(self._truths[task].tobytes() + self.own[task].tobytes())
         for name, found in sorted(checkpoint_digests(self.merged, 1).items()):
             state.update(name.encode() + found)
         return state.hexdigest()
@@ -145,6 +147,13 @@ class Field:
     def _truth(self, network: Network, task: str) -> Answers:
         numbers = {label: number for number, label in enumerate(network.labels)}
         return np.array([numbers.get(str(row.label), -1) for row in self.tests[task]])
+
+
+def drawn(rows: Sequence[Example], count: int | None) -> Sequence[Example]:
+    """At most ``count`` rows, always the same ones, from all over a file: test files may be sorted by their labels."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[k] for k in sorted(random.Random(0).sample(range(len(rows)), count))]
 
 
 def _mean(values: Iterable[float]) -> float:

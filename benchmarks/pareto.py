@@ -149,7 +149,7 @@ def main() -> None:
     """Read the command line, measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite")
-    parser.add_argument("--rows", type=int, help="test rows a task, the first ones; default: all")
+    parser.add_argument("--rows", type=int, help="test rows a task, drawn once; default: all")
     parser.add_argument("--forms", help="only these, by comma")
     parser.add_argument("--merge", default="average", metavar="METHOD", help="what all start from")
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning")

@@ -10,7 +10,7 @@ import pareto
 import pareto_tables
 import pytest
 import torch
-from field import Field
+from field import Field, drawn
 from pareto import Row
 from rivals.table import forms
 
@@ -35,8 +35,17 @@ def test_a_worse_one_has_less(field: Field) -> None:
     assert scores["worst"] == min(scores["tasks"].values())
 
 
-def test_rows_limit_the_test_rows(made: Path) -> None:
-    assert {len(rows) for rows in Field(made, made / "merged", 10).tests.values()} == {10}
+def test_rows_limit_the_test_rows_and_leave_no_label_out(made: Path) -> None:
+    every = Field(made, made / "merged")
+    some = Field(made, made / "merged", 12)
+    for task, rows in some.tests.items():
+        assert len(rows) == 12
+        assert {row.label for row in rows} == {row.label for row in every.tests[task]}
+    assert some.fingerprint() != every.fingerprint()
+    assert every.fingerprint() == Field(made, made / "merged").fingerprint()
+    rows = every.tests["cars"]
+    assert drawn(rows, 5) == drawn(rows, 5) != rows[:5]
+    assert drawn(rows, 1000) == drawn(rows, None) == rows
 
 
 def test_rivals_are_measured_on_what_their_bytes_say(field: Field) -> None:
