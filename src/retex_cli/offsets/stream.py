@@ -120,6 +120,15 @@ class Factors:
         matrix = left if self.right is None else left @ self.right.to(device)
         return matrix.reshape(shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
+
+    def to(self, device: torch.device) -> Factors:
+        """The same on another device."""
+        return Factors(self.left.to(device), None if self.right is None else self.right.to(device))
+
 
 def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factors]:
     """Factors by tensor name; tensors without a component are absent.
