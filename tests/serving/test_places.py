@@ -97,6 +97,19 @@ def test_a_model_without_memory_is_refused() -> None:
         Places(Tied().to("meta")).match([wanted("embed.weight", shape=(5, 3))])
 
 
+def test_of_two_tensors_for_one_memory_the_first_name_of_the_module_has_it() -> None:
+    model = Tied()
+    found = Places(model).match([wanted("out.weight", shape=(5, 3)), wanted("embed.weight", shape=(5, 3))])
+    assert found[0] is None
+    assert found[1].data_ptr() == model.embed.weight.data_ptr()
+
+
+def test_a_value_made_in_its_place_is_there_already() -> None:
+    place = torch.zeros(4)
+    fill(place, place.add_(2))
+    assert place.tolist() == [2, 2, 2, 2]
+
+
 def test_left_over_is_what_shares_no_memory_with_a_filled_place() -> None:
     places = Places(Tied())
     filled = places.match([wanted(name, shape=(5, 3)) for name in ("out.weight",)])

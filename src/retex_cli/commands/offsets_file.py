@@ -200,17 +200,20 @@ class OffsetsFile:
         embedding: Embedding,
         head: str,
         device: torch.device,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The data of one part; ``merged`` is the merged tensor it is made from. Sums are in float32, on ``device``.
 
-        What has no offset stays on the device where it is.
+        What has no offset stays on the device where it is. ``out``, contiguous float32 of the merged tensor's shape on
+        ``device``, is memory to do sums in; what is returned may be that.
         """
         spec = part.spec
         if part.merged is None or merged is None:
             return self._file.read(f"tensors/{head}/{spec.name}")
-        delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device)
+        delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device, out)
         name = part.merged
-        value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta)
+        # into the offset's own memory: a third tensor of this size would cost more than the sum
+        value = merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))
         value = value.to(spec.dtype)
         if merged.shape != spec.shape:
             value = torch.cat([value, self._file.read(f"rows/{head}/{spec.name}").to(value.device)])

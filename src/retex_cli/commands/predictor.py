@@ -116,8 +116,9 @@ class Predictor:
             def put(job: tuple[Part, Tensor]) -> None:
                 part, place = job
                 merged = None if part.merged is None else self._weights[part.merged]
+                out = place if merged is not None and self._can_sum_in(place, merged) else None
                 with torch.inference_mode():
-                    fill(place, self._file.make(part, merged, predictor, embedding, source, self._device))
+                    fill(place, self._file.make(part, merged, predictor, embedding, source, self._device, out))
 
             for _ in map(put, jobs) if self._device.type != "cpu" else ordered_map(put, jobs, self._threads):
                 pass
@@ -161,6 +162,11 @@ class Predictor:
         shape = tuple(self._weights[name].shape)
         grown = [self._file.rows(task, name) for task, record in self._file.tasks.items() if name in record.rows]
         return [shape, *((shape[0] + rows, *shape[1:]) for rows in grown)]
+
+    def _can_sum_in(self, place: Tensor, merged: Tensor) -> bool:
+        """Whether the sum can be made where it belongs, which saves a copy."""
+        here = place.dtype == torch.float32 and place.device == merged.device and place.is_contiguous()
+        return here and place.shape == merged.shape
 
     def _decoded(self, embedding: predict.Embedding) -> predict.Predictor:
         for task in embedding:

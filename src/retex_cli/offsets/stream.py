@@ -114,11 +114,15 @@ class Factors:
     left: Tensor
     right: Tensor | None
 
-    def delta(self, shape: Shape, device: torch.device) -> Tensor:
-        """The offset, float32 of ``shape`` on ``device``."""
+    def delta(self, shape: Shape, device: torch.device, out: Tensor | None = None) -> Tensor:
+        """The offset, float32 of ``shape`` on ``device``, in memory of its own or in ``out``, such a tensor."""
+        if out is None:
+            out = torch.empty(shape, dtype=torch.float32, device=device)
         left = self.left.to(device)
-        matrix = left if self.right is None else left @ self.right.to(device)
-        return matrix.reshape(shape)
+        if self.right is None:
+            return out.copy_(left.reshape(shape))
+        torch.mm(left, self.right.to(device), out=out.view(len(left), -1))
+        return out
 
     @property
     def nbytes(self) -> int:
@@ -208,10 +212,12 @@ def _assemble(plan: list[_Tensor], pools: _Pools) -> dict[str, Factors]:
     factors = {}
     for tensor in plan:
         lefts, rights = [], []
-        for level, scale in tensor.kept:
+        for level, _ in tensor.kept:
             of_left, of_right = contexts(level, tensor.left, tensor.right)
-            lefts.append(pools.take(of_left, tensor.left) * scale_value(scale))
+            lefts.append(pools.take(of_left, tensor.left))
             if tensor.right:
-                rights.append(pools.take(of_right, tensor.right) / math.sqrt(tensor.right))
-        factors[tensor.name] = Factors(torch.stack(lefts, 1), torch.stack(rights) if rights else None)
+                rights.append(pools.take(of_right, tensor.right))
+        scales = torch.tensor([scale_value(scale) for _, scale in tensor.kept])
+        right = torch.stack(rights) / math.sqrt(tensor.right) if rights else None
+        factors[tensor.name] = Factors(torch.stack(lefts, 1) * scales, right)
     return factors

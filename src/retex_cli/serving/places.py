@@ -40,12 +40,20 @@ class Places:
     def match(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
         """The place of each, None where there is none and none is required. Nothing is written.
 
-        RetexError names the first required tensor without a place or with one of another shape, and any place on the
-        meta device.
+        Where several are wanted in one memory, as in a module that ties what a file stores twice, only the one that
+        the module names first has it. RetexError names the first required tensor without a place or with one of
+        another shape, and any place on the meta device.
         """
-        return [self._place(one) for one in wanted]
+        names = [self._name(one) for one in wanted]
+        asked = {name for name in names if name is not None}
+        first: dict[int, str] = {}
+        for name, value in self._own.items():
+            if name in asked:
+                first.setdefault(value.data_ptr(), name)
+        owners = set(first.values())
+        return [self._own[name] if name in owners else None for name in names]
 
-    def _place(self, wanted: Wanted) -> Tensor | None:
+    def _name(self, wanted: Wanted) -> str | None:
         name = next((name for name in wanted.names if name in self._own), None)
         place = None if name is None else self._own[name]
         if place is None or tuple(place.shape) not in wanted.shapes:
@@ -58,7 +66,7 @@ class Places:
             )
         if place.is_meta:
             raise RetexError(f"{self.kind}: tensor {name!r} is on the meta device and holds nothing", "load it first")
-        return place
+        return name
 
     def left_over(self, filled: Iterable[Tensor]) -> list[str]:
         """Names of floating-point tensors that share no memory with a filled place; tied weights are one memory."""
@@ -71,6 +79,13 @@ class Places:
 
 
 def fill(place: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into a place: rounded to its type, brought to its device, only the rows that both have."""
-    rows = min(len(place), len(value)) if place.shape != value.shape else None
-    place[:rows].copy_(value[:rows]) if rows is not None else place.copy_(value)
+    """Copy ``value`` into a place: rounded to its type, brought to its device, only the rows that both have.
+
+    A value that was made in the place's own memory is there already.
+    """
+    if place.shape == value.shape:
+        if place.data_ptr() != value.data_ptr():
+            place.copy_(value)
+    else:
+        rows = min(len(place), len(value))
+        place[:rows].copy_(value[:rows])
