@@ -149,7 +149,9 @@ def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factor
     if len(levels) and not (levels.min() >= 0 and levels.max() < LEVELS and abs(scales).max() < 1000):
         raise coder.CorruptOffsets("a level or a scale is out of range")
     plan = _plan(layout, counts, levels, scales)
-    return _assemble(plan, _Pools(plan, sequences[3], sequences[4:]))
+    symbols = sequences[4:]
+    del sequences[4:]  # the pools take the last reference to each, or both forms would be in memory at once
+    return _assemble(plan, _Pools(plan, sequences[3], symbols))
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _plan(
 
 
 class _Pools:
-    """The decoded entries of every context, handed out in order."""
+    """The decoded entries of every context, handed out in order; empties the list of symbols."""
 
     def __init__(self, plan: list[_Tensor], shifts: coder.Integers, symbols: list[coder.Integers]) -> None:
         needed: dict[Context, int] = {}
@@ -194,12 +196,10 @@ class _Pools:
             raise coder.CorruptOffsets("the numbers of symbols disagree")
         if len(shifts) != SHIFTS * len(used):
             raise coder.CorruptOffsets("the numbers of shifts disagree")
-        self._values = {
-            context: dequantise(
-                torch.from_numpy(symbols[i]), context[0], shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
-            )
-            for i, context in enumerate(used)
-        }
+        self._values: dict[Context, Tensor] = {}
+        for i, context in enumerate(used):
+            of_context = shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
+            self._values[context] = dequantise(torch.from_numpy(symbols.pop(0)), context[0], of_context)
         self._used = dict.fromkeys(used, 0)
 
     def take(self, context: Context, length: int) -> Tensor:
