@@ -159,14 +159,14 @@ def _recovery() -> str:
     assert isinstance(start, dict)
     assert isinstance(layers, dict)
     assert isinstance(decoder, list)
-    beyond = recover["wall_s"] - start["wall_s"]
     held = ", ".join(f"{megabytes:.0f} MB with {count} layers" for count, megabytes in layers.items())
     rates = ", ".join(f"{row['symbols_m_per_s']:.0f} at {row['bits']:.1f} bits" for row in decoder)
     factors = ", ".join(f"{row['factors_m_per_s']:.0f}" for row in decoder)
     text = (
-        f"**Recovering** a MiniLM expert of {result['merged_mb']:.0f} MB: {recover['wall_s']:.2f} s, of which "
-        f"{start['wall_s']:.2f} s are the start of the process and {beyond:.2f} s the work; a plain copy that is on "
-        f"the disk takes {result['copy_s']:.2f} s ({result['times_copy']:.1f} times). Peak anonymous memory: {held}. "
+        f"**Recovering** a MiniLM expert of {result['merged_mb']:.0f} MB: {recover['wall_s']:.2f} s "
+        f"({recover['cpu_s']:.2f} s of CPU), where a process that only starts and plans takes {start['wall_s']:.2f} s "
+        f"({start['cpu_s']:.2f} s) and a plain copy that is on the disk {result['copy_s']:.2f} s. Peak anonymous "
+        f"memory: {held}. "
         f"The decoder reads {rates} million symbols a second on one core ({factors} up to the factors).\n\n"
     )
     return text + source(name, result) + "\n"
