@@ -160,7 +160,7 @@ def _recovery() -> str:
     assert isinstance(layers, dict)
     assert isinstance(decoder, list)
     held = ", ".join(f"{megabytes:.0f} MB with {count} layers" for count, megabytes in layers.items())
-    rates = ", ".join(f"{row['symbols_m_per_s']:.0f} at {row['bits']:.1f} bits" for row in decoder)
+    rates = ", ".join(f"{row['symbols_m_per_s']:.0f} (at {row['bits']:.1f} bits)" for row in decoder)
     factors = ", ".join(f"{row['factors_m_per_s']:.0f}" for row in decoder)
     text = (
         f"**Recovering** a MiniLM expert of {result['merged_mb']:.0f} MB: {recover['wall_s']:.2f} s "
