@@ -94,7 +94,8 @@ def _speed() -> str:
     assert isinstance(peer, dict)
     text = (
         f"**Merging** {result['what']}: whole processes in turn on the same files, which lie in memory; retex beside "
-        f"mergekit {peer['mergekit']} (a dash: it has no such method). A plain copy of the files takes "
+        f"mergekit {peer['mergekit']} (a dash: it has no such method). retex remembers the SHA-256 of its inputs from the "
+        "first merge on (`average`), as it does for anyone who merges the same files again. A plain copy takes "
         f"{result['copy_s']:.1f} s.\n\n"
     )
     text += row(["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"])
@@ -111,6 +112,8 @@ def _speed() -> str:
 
 def _flatness(result: dict[str, object]) -> str:
     """The memory of merging by the number of layers, and by the budget that is given."""
+    if "layers" not in result:
+        return ""
     layers, budgets = result["layers"], result["max_memory"]
     assert isinstance(layers, dict)
     assert isinstance(budgets, dict)

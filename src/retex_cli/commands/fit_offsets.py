@@ -30,7 +30,8 @@ from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
 from retex_cli.io.artefact import check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
-from retex_cli.io.provenance import checkpoint_digests, fingerprint, sha256_file, tensor_digest
+from retex_cli.io.digests import sha256_file
+from retex_cli.io.provenance import checkpoint_digests, fingerprint, tensor_digest
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared

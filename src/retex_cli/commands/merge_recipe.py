@@ -12,7 +12,7 @@ import torch
 
 import retex_cli
 from retex_cli.io.checkpoint import Checkpoint
-from retex_cli.io.provenance import sha256_file
+from retex_cli.io.digests import sha256_file
 from retex_cli.merging.table import Method
 from retex_cli.parallel import thread_count
 
