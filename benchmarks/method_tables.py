@@ -43,7 +43,8 @@ def methods_tables() -> str:
 _HEAD = """\
 Accuracy of the merged checkpoint alone, each task with its own head: share of the experts' own accuracy in percent,
 mean over tasks and worst task. `auto` chose alpha by agreement with the experts on 64 unlabelled held-out inputs
-a task (where BatchNorm is re-estimated, with it). Seconds (s) are of the whole `retex merge` process at the default.
+a task (where BatchNorm is re-estimated, from 64 inputs a task, with it). Test rows are drawn at random. Seconds (s) are
+of the whole `retex merge` process at the default.
 """
 
 

@@ -45,6 +45,8 @@ VARIANTS = {
 """Rows beside the methods themselves: name -> method and what is typed."""
 
 REESTIMATED = ["--batchnorm", "reestimate"]
+FEW = ["--samples", "64"]
+"""Inputs of a task for BatchNorm alone: enough for means and variances."""
 
 
 def drawn(rows: list[Example], count: int) -> list[Example]:
@@ -107,7 +109,7 @@ def rows() -> dict[str, tuple[Method, list[str]]]:
 def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dict[str, list[str]]:
     """What is measured of one row: its defaults, with BatchNorm re-estimated where there is one, a chosen scale."""
     found = {"default": options}
-    more = REESTIMATED if bench.has_batchnorm else []
+    more = [*REESTIMATED, *([] if method.needs_inputs else FEW)] if bench.has_batchnorm else []
     if more:
         found["batchnorm"] = [*options, *more]
     if any(option.name == "alpha" for option in method.options) and name not in VARIANTS:
