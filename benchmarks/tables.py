@@ -94,8 +94,8 @@ def _speed() -> str:
     assert isinstance(peer, dict)
     text = (
         f"**Merging** {result['what']}: whole processes in turn on the same files, which lie in memory; retex beside "
-        f"mergekit {peer['mergekit']} (a dash: it has no such method). retex remembers the SHA-256 of its inputs from the "
-        "first merge on (`average`), as it does for anyone who merges the same files again. A plain copy takes "
+        f"mergekit {peer['mergekit']} (a dash: it has no such method). retex remembers the SHA-256 of its inputs from "
+        "the first merge on (`average`), as it does for anyone who merges the same files again. A plain copy takes "
         f"{result['copy_s']:.1f} s.\n\n"
     )
     text += row(["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"])
