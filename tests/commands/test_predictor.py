@@ -154,15 +154,16 @@ def test_several_threads_each_get_what_they_asked_for(made: Path, retex: Retex) 
     fresh = {task: recovered(retex, "--task", task) for task in ("cars", "dtd")}
     predictor, wrong = Predictor.load(*ARTEFACTS), []
 
-    def serve(task: str) -> None:
-        model = classifier(task)
+    def serve(task: str, model: nn.Module) -> None:
         for _ in range(5):
             predictor.apply_(model, None)
             predictor.apply_(model, task)
             if not holds(model, fresh[task]):
                 wrong.append(task)
 
-    threads = [threading.Thread(target=serve, args=(task,)) for task in ("cars", "dtd", "cars", "dtd")]
+    # loaded here: transformers patches itself while it loads, and not for one thread alone
+    work = [(task, classifier(task)) for task in ("cars", "dtd", "cars", "dtd")]
+    threads = [threading.Thread(target=serve, args=each) for each in work]
     for thread in threads:
         thread.start()
     for thread in threads:
