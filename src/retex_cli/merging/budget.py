@@ -6,7 +6,6 @@ goes to finished pieces that wait to be written, and to first passes over tensor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,11 +27,6 @@ FIXED = 6 << 20
 """Bytes of whatever does not grow: file buffers, stacks, a few small tensors."""
 COLLECTED = 6
 """Bytes per value that the selection of order statistics collects, with room to gather them."""
-
-
-def default_threads() -> int:
-    """One worker per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_pass_bytes(method: Method, view: View) -> int:
@@ -95,16 +89,15 @@ def _waiting_bytes(threads: int) -> int:
     return threads * WAITING * 4 * GROUP_ELEMENTS
 
 
-def least(method: Method, views: Sequence[View], threads: int | None) -> int:
+def least(method: Method, views: Sequence[View], threads: int) -> int:
     """The smallest budget with which a merge is possible: the blocks, and the largest tensor's first passes."""
     needs = [first_pass_bytes(method, view) for view in views]
-    return block_bytes(method, views, threads or default_threads()) + max(needs, default=0)
+    return block_bytes(method, views, threads) + max(needs, default=0)
 
 
-def usual(method: Method, views: Sequence[View], threads: int | None) -> int:
+def usual(method: Method, views: Sequence[View], threads: int) -> int:
     """The budget where nobody gives one: every worker on one of the largest tensors, and none waits to write."""
-    workers = threads or default_threads()
     needs = sorted((first_pass_bytes(method, view) for view in views), reverse=True)
     kept = 2 * max((kept_bytes(method, view) for view in views), default=0)
-    ahead = max(DEFAULT, sum(needs[:workers]) + kept)
-    return block_bytes(method, views, workers) + _waiting_bytes(workers) + ahead
+    ahead = max(DEFAULT, sum(needs[:threads]) + kept)
+    return block_bytes(method, views, threads) + _waiting_bytes(threads) + ahead
