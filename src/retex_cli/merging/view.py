@@ -112,6 +112,8 @@ class View:
     map: ParallelMap = map_serially
     room: int = 1 << 24
     """How many values the selection of order statistics may hold."""
+    block: int | None = None
+    """Elements of all inputs together in one block, where memory is short; None for what is fastest."""
 
     @property
     def numel(self) -> int:
@@ -124,9 +126,9 @@ class View:
         return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.numel
 
     def block_length(self, unit: int = 1) -> int:
-        """Length of a block: whole units, on the grid, about ``BLOCK_ELEMENTS`` over all inputs."""
-        elements = BLOCK_ELEMENTS if self.device.type == "cpu" else CUDA_BLOCK_ELEMENTS
-        target = max(1, elements // (len(self.experts) + 1))
+        """Length of a block: whole units, on the grid, about ``block`` elements over all inputs."""
+        usual = BLOCK_ELEMENTS if self.device.type == "cpu" else CUDA_BLOCK_ELEMENTS
+        target = max(1, (self.block or usual) // (len(self.experts) + 1))
         if unit >= self.numel:
             return max(self.numel, 1)
         return -(-target // unit) * unit if unit > 1 else max(GRID, target // GRID * GRID)
