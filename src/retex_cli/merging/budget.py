@@ -21,11 +21,11 @@ GROUP_ELEMENTS = 1 << 19
 """Elements of output that a worker makes in one go."""
 WAITING = 8
 """Finished pieces per worker that may wait for their turn to be written."""
-COPIES = {"element": 7, "rows": 3, "tensor": 3}
-"""What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most)."""
+COPIES = {"element": 8, "rows": 3, "tensor": 3}
+"""What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most, and leaves holes)."""
 LIBRARY = 8 << 20
 """Bytes that libraries for linear algebra keep for themselves, for each worker."""
-FIXED = 8 << 20
+FIXED = 6 << 20
 """Bytes of whatever does not grow: file buffers, stacks, a few small tensors."""
 COLLECTED = 6
 """Bytes per value that the selection of order statistics collects, with room to gather them."""
