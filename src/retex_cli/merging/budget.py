@@ -22,7 +22,7 @@ GROUP_ELEMENTS = 1 << 19
 WAITING = 8
 """Finished pieces per worker that may wait for their turn to be written."""
 COPIES = {"element": 8, "rows": 3, "tensor": 3}
-"""What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most, and leaves holes)."""
+"""What arithmetic on a block takes at most, as copies of the block, itself among them; della takes most."""
 LIBRARY = 8 << 20
 """Bytes that libraries for linear algebra keep for themselves, for each worker."""
 FIXED = 6 << 20
