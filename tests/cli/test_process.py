@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from safetensors.torch import load
+import torch
+from safetensors.torch import load, save_file
 
 RETEX = (sys.executable, "-m", "retex_cli")
 
@@ -37,8 +38,11 @@ def test_a_reader_that_goes_away_is_an_error_in_words(workspace: Path) -> None:
     assert err.startswith("error: ")
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback(workspace: Path) -> None:
-    with start("merge", "-o", "-") as process:
+def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    for name in ("base", "a"):  # more than a pipe holds, so that it cannot be over before the signal
+        save_file({"w": torch.zeros(1 << 20)}, tmp_path / f"{name}.safetensors")
+    base, expert = str(tmp_path / "base.safetensors"), f"a={tmp_path}/a.safetensors"
+    with start("merge", "--base", base, "--expert", expert, "-o", "-") as process:
         assert process.stdout is not None
         process.stdout.read(8)  # it is at work, and waits for us to read on
         process.send_signal(signal.SIGINT)
