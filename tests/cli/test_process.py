@@ -14,7 +14,13 @@ RETEX = (sys.executable, "-m", "retex_cli")
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*RETEX, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """A process with the usual Ctrl-C: what a shell starts in the background ignores it, and so do its children."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*RETEX, *arguments], **pipes, preexec_fn=_heed_ctrl_c)
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_weights_through_a_pipe(workspace: Path) -> None:
