@@ -8,7 +8,7 @@ component gets, and ``allocate`` decides it over all tensors at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
 from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
 from retex_cli.offsets.stream import LONG, Coded, Context, Shape
+from retex_cli.offsets.trainable import Kept
 
 TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
@@ -49,6 +50,7 @@ class OffsetFitter:
         self._layout = list(layout)
         self._budget = budget
         self._prepared: dict[str, Prepared] = {}
+        self.levels: list[list[int]] | None = None
 
     def prepare(self, delta: Tensor) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
@@ -94,6 +96,7 @@ class OffsetFitter:
                 highest = target
             guess = target * 0.995 * self._budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
+        self.levels = best_levels
         return best or self._least(candidates)
 
     def _least(self, candidates: list[Candidates]) -> bytes:
@@ -112,34 +115,52 @@ class OffsetFitter:
 
     def _encode(self, levels: list[list[int]]) -> bytes:
         """Quantise the right vectors, re-fit the left ones to what they became (least squares), quantise those."""
-        kept = {name: chosen for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
-        rights, lefts = _Quantised(), _Quantised()
-        for name, chosen in kept.items():
+        return self.encode_kept(self.kept(levels))
+
+    def kept(self, levels: list[list[int]]) -> dict[str, Kept]:
+        """The components that ``levels`` keep, their left vectors fitted to the decoded right ones."""
+        named = {name: tuple(chosen) for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
+        rights = _Quantised()
+        for name, chosen in named.items():
             components = self._prepared[name][0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
                 for row, level in zip(components.right, chosen, strict=False):
                     _, context = stream.contexts(level, len(components.left), len(row))
                     rights.add(name, context, row * unit)
-        scales: dict[str, list[int]] = {}
-        for name, chosen in kept.items():
+        found = {}
+        for name, chosen in named.items():
             components = self._prepared[name][0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
-                columns = _refit(components, torch.stack(rights.decoded(name)) / unit)
+                left = _refit(components, torch.stack(rights.decoded(name)) / unit)
+                found[name] = Kept(left, components.right[: len(chosen)] * unit, chosen)
             else:
-                columns = components[:, None]
-            scales[name] = [stream.scale_code(max(float(c.square().mean().sqrt()), 1e-30)) for c in columns.T]
-            right = components.right.shape[1] if isinstance(components, Components) else 0
-            for column, scale, level in zip(columns.T, scales[name], chosen, strict=True):
-                context, _ = stream.contexts(level, len(column), right)
-                lefts.add(name, context, column / stream.scale_value(scale))
+                found[name] = Kept(components[:, None], None, chosen)
+        return found
+
+    def encode_kept(self, kept: Mapping[str, Kept]) -> bytes:
+        """Bytes of components as they are given."""
+        rights, lefts = _Quantised(), _Quantised()
+        scales: dict[str, list[int]] = {}
+        for name, components in kept.items():
+            columns, rows = components.left.T, components.right
+            scales[name] = [stream.scale_code(max(float(c.square().mean().sqrt()), 1e-30)) for c in columns]
+            for i, (column, scale, level) in enumerate(zip(columns, scales[name], components.levels, strict=True)):
+                left, right = stream.contexts(level, len(column), 0 if rows is None else rows.shape[1])
+                lefts.add(name, left, column / stream.scale_value(scale))
+                if rows is not None:
+                    rights.add(name, right, rows[i])
         coded = []
-        for (name, _), chosen in zip(self._layout, levels, strict=True):
-            left = lefts.symbols.get(name, [])
+        for name, _ in self._layout:
+            chosen = kept[name].levels if name in kept else ()
+            left_symbols = lefts.symbols.get(name, [])
             right_symbols: Sequence[Tensor | None] = rights.symbols.get(name) or [None] * len(chosen)
             coded.append(
-                [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left, right_symbols, strict=True)]
+                [
+                    Coded(*parts)
+                    for parts in zip(chosen, scales.get(name, []), left_symbols, right_symbols, strict=True)
+                ]
             )
         return stream.encode(coded, {**rights.shifts(), **lefts.shifts()})
 

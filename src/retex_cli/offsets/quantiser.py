@@ -117,3 +117,12 @@ def _values(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
     below = torch.tensor([0.0, *shifts], dtype=torch.float32) / _SHIFT_UNIT
     magnitude = symbols.abs()
     return symbols.sign() * (magnitude - below[magnitude.clamp(max=SHIFTS).long()]) * step(level)
+
+
+def dequantised(x: Tensor, steps: Tensor, shifts: Tensor) -> Tensor:
+    """What unit-variance vectors ``x`` (float32 [k, n]) become, each at its own step [k, 1]; ``shifts`` [k, SHIFTS + 1]
+    in steps, the first of them zero."""
+    symbols = torch.round(x / steps)
+    magnitude = symbols.abs()
+    below = shifts.gather(1, magnitude.clamp(max=SHIFTS).long())
+    return symbols.sign() * (magnitude - below) * steps
