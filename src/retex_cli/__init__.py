@@ -134,12 +134,16 @@ def fit_offsets(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    add: Mapping[str, str] | None = None,
+    remove: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> FitOffsetsReport:
     """Fit the offsets from ``merged`` to every expert, at most ``budget`` per task, and write them to one file.
 
-    ``base`` is needed only where an expert is a LoRA adapter.
+    ``base`` is needed only where an expert is a LoRA adapter. With ``add`` (task name to reference) or ``remove``, and
+    no ``experts``, the file ``output`` is changed: tasks join it or leave it, and the others stay as they are.
     """
+    from retex_cli.commands import change_offsets
     from retex_cli.commands import fit_offsets as command
 
     config = command.FitOffsetsConfig(
@@ -151,7 +155,11 @@ def fit_offsets(
         device=device,
         threads=threads,
         overwrite=overwrite,
+        add=add or {},
+        remove=tuple(remove),
     )
+    if add or remove:
+        return change_offsets.run(change_offsets.plan(config), progress or Silent())
     return command.run(command.plan(config), progress or Silent())
 
 

@@ -206,6 +206,13 @@ def fit_offsets(
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Per task: 0.25%, 80KB, 1MB or 0.1bpp. [default: 0.25%]"),
     ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", metavar="NAME=REF", help="Add a task to the file; the others stay as they are. Repeat."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="NAME", help="Take a task out of the file. Repeat.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
     output: Annotated[
         str | None,
@@ -228,23 +235,30 @@ def fit_offsets(
     \b
     retex fit-offsets --budget 0.25%
     retex fit-offsets --merged merged/ --expert cars=org/base-cars --expert dtd=dtd/
+    retex fit-offsets --add pets=org/base-pets
     """
     how = How(dry_run, quiet, as_json)
     space = Workspace.load(workspace)
-    experts = space.with_experts(pairs(expert, "--expert"))
-    from retex_cli.commands import fit_offsets as command
+    named, joining, leaving = pairs(expert, "--expert"), pairs(add, "--add"), tuple(dict.fromkeys(remove or ()))
+    changes = bool(joining or leaving)
+    from retex_cli.commands import change_offsets, fit_offsets
 
-    config = command.FitOffsetsConfig(
+    config = fit_offsets.FitOffsetsConfig(
         merged=merged or space.path(MERGED),
-        experts=experts,
+        experts=named if changes else space.with_experts(named),
         output=output or space.path(OFFSETS),
         budget=budget or space.offsets.budget or "0.25%",
         base=base or space.base,
         device=device,
         threads=threads,
         overwrite=overwrite,
+        add=joining,
+        remove=leaving,
     )
-    perform(command.plan, command.run, config, how)
+    if changes:
+        perform(change_offsets.plan, change_offsets.run, config, how)
+    else:
+        perform(fit_offsets.plan, fit_offsets.run, config, how)
 
 
 def build_signatures(

@@ -23,6 +23,7 @@ from retex_cli.io.align import Alignment
 from retex_cli.io.artefact import open_artefact
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.dtypes import CODES, DTYPES
+from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.domain import from_domain, to_domain
@@ -104,24 +105,40 @@ class Part:
     merged: str | None
 
 
+def open_offsets(path: str) -> tuple[Checkpoint, dict[str, TaskRecord]]:
+    """An offsets artefact by its header, and its tasks by name. RetexError for any other file and a damaged header."""
+    file = open_artefact(path, format=FORMAT, versions={VERSION})
+    try:
+        header = json.loads(file.metadata["tasks"])
+        records = {task: TaskRecord.from_json(header[task]) for task in sorted(header)}
+        file.metadata["merged"], file.tensors["digests"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RetexError(f"{path}: damaged header: {error}", "fit the offsets again") from error
+    return file, records
+
+
+def task_record(path: str, records: Mapping[str, TaskRecord], name: str) -> TaskRecord:
+    """UsageError, with the closest names, for a task that the file does not have."""
+    if name in records:
+        return records[name]
+    close = get_close_matches(name, records, 3, 0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(records)}"
+    raise UsageError(f"{path}: no task {name!r}", hint)
+
+
 class OffsetsFile:
     """An opened offsets artefact and the merged checkpoint that it belongs to."""
 
     def __init__(self, path: str, merged: Checkpoint) -> None:
         self.path = path
         self.merged = merged
-        self._file = open_artefact(path, format=FORMAT, versions={VERSION})
-        try:
-            header = json.loads(self._file.metadata["tasks"])
-            self.tasks = {task: TaskRecord.from_json(header[task]) for task in sorted(header)}
-            self.fingerprint = self._file.metadata["merged"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RetexError(f"{path}: damaged header: {error}", "fit the offsets again") from error
+        self.file, self.tasks = open_offsets(path)
+        self.fingerprint = self.file.metadata["merged"]
         self._check_layout()
 
     def _check_layout(self) -> None:
         names = sorted(self.merged.tensors)
-        count = self._file.tensors["digests"].shape[0]
+        count = self.file.tensors["digests"].shape[0]
         if count != len(names):
             raise RetexError(
                 f"{self.path}: belongs to another merged checkpoint: it has {count} tensors, "
@@ -131,7 +148,7 @@ class OffsetsFile:
 
     def check_merged(self, digests: Mapping[str, bytes]) -> None:
         """RetexError unless ``digests`` (SHA-256 of every merged tensor) are those the offsets were fitted to."""
-        stored = self._file.read("digests")
+        stored = self.file.read("digests")
         for name, row in zip(sorted(self.merged.tensors), stored, strict=True):
             expected = bytes(row.tolist())
             if digests[name][: len(expected)] != expected:
@@ -140,14 +157,17 @@ class OffsetsFile:
                     f"{expected.hex()}…, in {self.merged.reference} it has {digests[name][: len(expected)].hex()}…",
                     "give the merged checkpoint that the offsets were fitted to, or fit them again",
                 )
+        found = fingerprint_of(self.merged, digests)
+        if found != self.fingerprint:  # the same numbers under other names or in another shape
+            raise RetexError(
+                f"{self.path}: belongs to another merged checkpoint: its fingerprint was {self.fingerprint[:16]}…, "
+                f"that of {self.merged.reference} is {found[:16]}…",
+                "give the merged checkpoint that the offsets were fitted to, or fit them again",
+            )
 
     def task(self, name: str) -> TaskRecord:
         """UsageError, with the closest names, for a task that the file does not have."""
-        if name in self.tasks:
-            return self.tasks[name]
-        close = get_close_matches(name, self.tasks, 3, 0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(self.tasks)}"
-        raise UsageError(f"{self.path}: no task {name!r}", hint)
+        return task_record(self.path, self.tasks, name)
 
     def predictor(self, tasks: Iterable[str]) -> Predictor:
         """Decoded offsets of these tasks. RetexError names a task whose bytes are damaged; the others still decode."""
@@ -155,7 +175,7 @@ class OffsetsFile:
         factors = {}
         for task in tasks:
             record = self.task(task)
-            data = self._file.read(f"offsets/{task}").numpy().tobytes()
+            data = self.file.read(f"offsets/{task}").numpy().tobytes()
             try:
                 if hashlib.sha256(data).hexdigest() != record.checksum:
                     raise CorruptOffsets("its SHA-256 is not the one in the header")
@@ -177,10 +197,10 @@ class OffsetsFile:
             expert_name = record.expert_name(name)
             shape = info.shape
             if name in record.rows:
-                shape = (shape[0] + self._file.tensors[f"rows/{head}/{expert_name}"].shape[0], *shape[1:])
+                shape = (shape[0] + self.file.tensors[f"rows/{head}/{expert_name}"].shape[0], *shape[1:])
             parts.append(Part(TensorSpec(expert_name, record.expert_dtype(expert_name), shape), name))
         start = f"tensors/{head}/"
-        for name, info in self._file.tensors.items():
+        for name, info in self.file.tensors.items():
             if name.startswith(start):
                 parts.append(Part(TensorSpec(name.removeprefix(start), info.dtype, info.shape), None))
         return sorted(parts, key=lambda part: part.spec.name)
@@ -197,13 +217,13 @@ class OffsetsFile:
         """The data of one part, on the CPU; ``merged`` is the merged tensor it is made from. Sums are in float32."""
         spec = part.spec
         if part.merged is None or merged is None:
-            return self._file.read(f"tensors/{head}/{spec.name}")
+            return self.file.read(f"tensors/{head}/{spec.name}")
         delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device)
         name = part.merged
         value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
         value = value.to(spec.dtype)
         if merged.shape != spec.shape:
-            value = torch.cat([value, self._file.read(f"rows/{head}/{spec.name}")])
+            value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}")])
         return value
 
     def side_files(self, task: str) -> dict[str, bytes]:
@@ -211,8 +231,8 @@ class OffsetsFile:
         ours = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in self.merged.side_files().values()}
         found = {}
         for name, digest in self.task(task).files.items():
-            if f"files/{digest}" in self._file.tensors:
-                found[name] = self._file.read(f"files/{digest}").numpy().tobytes()
+            if f"files/{digest}" in self.file.tensors:
+                found[name] = self.file.read(f"files/{digest}").numpy().tobytes()
             elif digest in ours:
                 found[name] = ours[digest].read_bytes()
             else:
@@ -224,7 +244,12 @@ class OffsetsFile:
         return found
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
+
+
+def fingerprint_of(merged: Checkpoint, digests: Mapping[str, bytes]) -> str:
+    """The fingerprint of a checkpoint whose tensors' digests are known."""
+    return fingerprint({name: (info.dtype, info.shape, digests[name]) for name, info in merged.tensors.items()})
 
 
 def tasks_json(records: Mapping[str, TaskRecord]) -> str:

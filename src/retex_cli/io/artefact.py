@@ -35,15 +35,22 @@ def write_artefact(
     format: str,
     version: int,
     overwrite: bool = False,
+    kept: Mapping[str, Checkpoint] | None = None,
 ) -> int:
     """Write CPU tensors in the order of the mapping behind a header with format, version and ``metadata``.
 
-    Returns the size of the file in bytes. RetexError as for any output.
+    ``kept`` come before them: tensors that are copied, one at a time, from the opened file that has them; it may be
+    the file that is replaced. Returns the size of the file in bytes. RetexError as for any output.
     """
     output = check_artefact(path, overwrite=overwrite)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    kept = kept or {}
+    infos = [file.tensors[name] for name, file in kept.items()]
+    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
+    specs += [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     header = {FORMAT_KEY: format, VERSION_KEY: str(version), **metadata}
     with open_output(output, specs, metadata=header, overwrite=overwrite) as writer:
+        for name, file in kept.items():
+            writer.write(file.read(name))
         for tensor in tensors.values():
             writer.write(tensor)
     return output.target.stat().st_size
