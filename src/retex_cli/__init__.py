@@ -129,17 +129,20 @@ def fit_offsets(
     experts: Mapping[str, str],
     output: str,
     *,
-    budget: str = "0.25%",
+    budget: str | None = None,
     base: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
     add: Mapping[str, str] | None = None,
     remove: Sequence[str] = (),
+    lossless: bool = False,
     progress: Progress | None = None,
 ) -> FitOffsetsReport:
     """Fit the offsets from ``merged`` to every expert, at most ``budget`` per task, and write them to one file.
 
+    ``lossless`` adds an exact correction, so that recovery gives an expert's very bits. ``budget`` None is 0.25%, or
+    with ``lossless`` the one at which offsets and correction are smallest together.
     ``base`` is needed only where an expert is a LoRA adapter. With ``add`` (task name to reference) or ``remove``, and
     no ``experts``, the file ``output`` is changed: tasks join it or leave it, and the others stay as they are.
     """
@@ -157,6 +160,7 @@ def fit_offsets(
         overwrite=overwrite,
         add=add or {},
         remove=tuple(remove),
+        lossless=lossless,
     )
     if add or remove:
         return change_offsets.run(change_offsets.plan(config), progress or Silent())

@@ -206,6 +206,12 @@ def fit_offsets(
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Per task: 0.25%, 80KB, 1MB or 0.1bpp. [default: 0.25%]"),
     ] = None,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Store what is missing to the last bit, too; --budget is chosen if it is not given."
+        ),
+    ] = False,
     add: Annotated[
         list[str] | None,
         typer.Option("--add", metavar="NAME=REF", help="Add a task to the file; the others stay as they are. Repeat."),
@@ -230,7 +236,8 @@ def fit_offsets(
     """Fit what brings each expert back.
 
     The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data. What a
-    task has beyond the base (its head, labels, tokenizer) travels in the same file.
+    task has beyond the base (its head, labels, tokenizer) travels in the same file. With --lossless recovery gives the
+    expert back bit for bit, checked by SHA-256.
 
     \b
     retex fit-offsets --budget 0.25%
@@ -247,7 +254,8 @@ def fit_offsets(
         merged=merged or space.path(MERGED),
         experts=named if changes else space.with_experts(named),
         output=output or space.path(OFFSETS),
-        budget=budget or space.offsets.budget or "0.25%",
+        budget=budget or space.offsets.budget,
+        lossless=lossless,
         base=base or space.base,
         device=device,
         threads=threads,

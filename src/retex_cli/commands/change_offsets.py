@@ -16,7 +16,6 @@ import retex_cli
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, FitOffsetsReport, fitted_row, merged_digests
 from retex_cli.commands.offsets_file import (
     FORMAT,
-    VERSION,
     OffsetsFile,
     TaskRecord,
     known,
@@ -24,6 +23,7 @@ from retex_cli.commands.offsets_file import (
     read_files,
     task_record,
     tasks_json,
+    version_of,
 )
 from retex_cli.commands.task_fit import TaskFit, as_tensor, fit_task, match_experts
 from retex_cli.errors import UsageError
@@ -50,7 +50,7 @@ class ChangeOffsetsPlan:
     def report_of(self, rows: Mapping[str, Mapping[str, object]], size: int | None) -> FitOffsetsReport:
         """The report of these fitted tasks; ``size`` of the written file in bytes."""
         config = self.config
-        return FitOffsetsReport(config.output, config.budget, rows, size, config.remove, tuple(self.records))
+        return FitOffsetsReport(config.output, config.asked, rows, size, config.remove, tuple(self.records))
 
     def kept(self) -> dict[str, Checkpoint]:
         """The tensors of the file that stay, by name: all but those of removed tasks, and files that only they need."""
@@ -89,10 +89,10 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     added: tuple[TaskFit, ...] = ()
     if config.add:
         merged = OffsetsFile(config.output, open_checkpoint(config.merged))
-        added = match_experts(config.add, merged.merged, config.base, config.budget)
+        added = match_experts(config.add, merged.merged, config.base, config.budget, config.lossless)
     inputs = [path for fit in added for path in fit.expert.files] + ([*merged.merged.files] if merged else [])
     nbytes = sum(info.nbytes for info in file.tensors.values())
-    nbytes += sum(fit.budget + fit.task_tensor_bytes for fit in added)
+    nbytes += sum(fit.most_bytes for fit in added)
     check_artefact(config.output, overwrite=True, inputs=inputs, nbytes=nbytes)
     return ChangeOffsetsPlan(config, file, left, merged, added)
 
@@ -129,7 +129,7 @@ def _write(
     metadata = {key: text for key, text in plan.file.metadata.items() if key not in (FORMAT_KEY, VERSION_KEY)}
     metadata |= {"tasks": tasks_json(records), "recipe": json.dumps(_recipe(plan), sort_keys=True)}
     return write_artefact(
-        plan.config.output, tensors, metadata, format=FORMAT, version=VERSION, overwrite=True, kept=kept
+        plan.config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=True, kept=kept
     )
 
 
@@ -137,7 +137,7 @@ def _recipe(plan: ChangeOffsetsPlan) -> Mapping[str, object]:
     """The file's own recipe: the experts that it now holds, and every change since it was made."""
     old = json.loads(plan.file.metadata.get("recipe", "{}"))
     config, version = plan.config, retex_cli.__version__
-    added = {fit.task: {**fit.recipe(), "budget": config.budget} for fit in plan.added}
+    added = {fit.task: {**fit.recipe(), "budget": config.asked, "lossless": config.lossless} for fit in plan.added}
     experts = {task: entry for task, entry in old.get("experts", {}).items() if task not in config.remove}
     change = {"retex": version, "removed": list(config.remove), "added": sorted(added)}
     return {**old, "experts": {**experts, **added}, "changes": [*old.get("changes", []), change]}

@@ -11,16 +11,24 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.offsets_file import (
     FORMAT,
-    VERSION,
     TaskRecord,
     digest_rows,
     fingerprint_of,
     known,
     read_files,
     tasks_json,
+    version_of,
 )
 from retex_cli.commands.report import Json, Table
-from retex_cli.commands.task_fit import FittedTask, TaskFit, as_tensor, file_hashes, fit_task, match_experts
+from retex_cli.commands.task_fit import (
+    FittedTask,
+    TaskFit,
+    as_tensor,
+    asked_budget,
+    file_hashes,
+    fit_task,
+    match_experts,
+)
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
@@ -34,19 +42,26 @@ from retex_cli.progress import Progress
 class FitOffsetsConfig:
     """What to fit. ``base`` is needed only where an expert is a LoRA adapter.
 
+    ``budget`` None is 0.25%, or with ``lossless`` what makes offsets and correction smallest together.
     ``add`` (task -> reference) and ``remove`` change the file ``output`` instead of making it: see ``change_offsets``.
     """
 
     merged: str
     experts: Mapping[str, str]
     output: str
-    budget: str = "0.25%"
+    budget: str | None = None
     base: str | None = None
     device: str = "auto"
     threads: int | None = None
     overwrite: bool = False
     add: Mapping[str, str] = field(default_factory=dict)
     remove: tuple[str, ...] = ()
+    lossless: bool = False
+
+    @property
+    def asked(self) -> str:
+        """The budget in words."""
+        return asked_budget(self.budget, self.lossless)
 
 
 @dataclass(frozen=True)
@@ -59,14 +74,15 @@ class FitOffsetsPlan:
 
     def report(self) -> FitOffsetsReport:
         rows = {fit.task: fit.row() for fit in self.tasks}
-        return FitOffsetsReport(self.config.output, self.config.budget, rows, None)
+        return FitOffsetsReport(self.config.output, self.config.asked, rows, None)
 
 
 @dataclass(frozen=True)
 class FitOffsetsReport:
-    """``{"output", "budget", "bytes", "tasks": {name: {"expert", "budget_bytes", "offset_bytes", "task_tensor_bytes",
-    "side_file_bytes", "expert_bytes"}}, "removed": [task], "kept": [task]}``; a plan has no ``offset_bytes``, no
-    ``side_file_bytes`` and no ``bytes``. ``tasks`` are those that were fitted, ``kept`` those that stayed as they were.
+    """``{"output", "budget", "bytes", "tasks": {name: {"expert", "budget_bytes", "offset_bytes", "correction_bytes",
+    "task_tensor_bytes", "side_file_bytes", "expert_bytes"}}, "removed": [task], "kept": [task]}``; a plan has neither
+    ``bytes`` nor those of offsets, correction and side files. ``tasks`` are those that were fitted, ``kept`` those that
+    stayed as they were.
     """
 
     output: str
@@ -87,16 +103,18 @@ class FitOffsetsReport:
         }
 
     def tables(self) -> list[Table]:
-        columns = ("task", "offsets", "task tensors", "side files", "expert", "offsets / expert")
+        exact = any(row.get("correction_bytes") for row in self.rows.values())
+        columns = ("task", "offsets", *(["correction"] if exact else []), "task tensors", "side files", "expert")
         rows = []
         for task, row in self.rows.items():
-            offsets, expert = row.get("offset_bytes", row["budget_bytes"]), row["expert_bytes"]
-            share = f"{100 * int(str(offsets)) / int(str(expert)):.3f} %"
-            sizes = (offsets, row["task_tensor_bytes"], row.get("side_file_bytes", "-"), expert)
+            sizes = [row.get("offset_bytes", row["budget_bytes"]), *([row["correction_bytes"]] if exact else [])]
+            share = f"{100 * sum(int(str(size)) for size in sizes) / int(str(row['expert_bytes'])):.3f} %"
+            sizes += [row["task_tensor_bytes"], row.get("side_file_bytes", "-"), row["expert_bytes"]]
             rows.append((task, *(f"{size:,}" if isinstance(size, int) else str(size) for size in sizes), share))
+        share_of = "offsets + correction / expert" if exact else "offsets / expert"
         if not rows:
             return []
-        return [Table("bytes per task" if self.written else "plan: bytes per task", columns, tuple(rows))]
+        return [Table("bytes per task" if self.written else "plan: bytes per task", (*columns, share_of), tuple(rows))]
 
     def lines(self) -> list[str]:
         changes = [f"removed {', '.join(self.removed)}"] if self.removed else []
@@ -112,9 +130,9 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
     if not config.experts:
         raise UsageError("no experts to fit offsets for", "give --expert NAME=REF, or [tasks.NAME] in retex.toml")
     merged = open_checkpoint(config.merged)
-    tasks = match_experts(config.experts, merged, config.base, config.budget)
+    tasks = match_experts(config.experts, merged, config.base, config.budget, config.lossless)
     inputs = [*merged.files, *(file for fit in tasks for file in fit.expert.files)]
-    nbytes = sum(fit.budget + fit.task_tensor_bytes for fit in tasks)
+    nbytes = sum(fit.most_bytes for fit in tasks)
     check_artefact(config.output, overwrite=config.overwrite, inputs=inputs, nbytes=nbytes)
     return FitOffsetsPlan(config, merged, tasks)
 
@@ -141,8 +159,10 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
         "merged": fingerprint_of(merged, digests),
         "recipe": json.dumps(_recipe(plan), sort_keys=True),
     }
-    size = write_artefact(config.output, tensors, metadata, format=FORMAT, version=VERSION, overwrite=config.overwrite)
-    return FitOffsetsReport(config.output, config.budget, rows, size)
+    size = write_artefact(
+        config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=config.overwrite
+    )
+    return FitOffsetsReport(config.output, config.asked, rows, size)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:
@@ -157,7 +177,9 @@ def fitted_row(fit: TaskFit, fitted: FittedTask, stored: Mapping[str, bytes]) ->
     """One task of the report; ``stored``: its side files that the merged folder does not have, by SHA-256."""
     return {
         **fit.row(),
+        "budget_bytes": fitted.record.budget_bytes,
         "offset_bytes": fitted.record.offset_bytes,
+        "correction_bytes": fitted.record.correction_bytes,
         "side_file_bytes": sum(map(len, stored.values())),
         "expert_bytes": fitted.record.expert_bytes,
     }
@@ -168,7 +190,8 @@ def _recipe(plan: FitOffsetsPlan) -> Mapping[str, object]:
     return {
         "command": "fit-offsets",
         "retex": retex_cli.__version__,
-        "budget": plan.config.budget,
+        "budget": plan.config.asked,
+        "lossless": plan.config.lossless,
         "merged": {"reference": merged.reference, "revision": merged.revision, "files": file_hashes(merged)},
         "experts": {fit.task: fit.recipe() for fit in plan.tasks},
     }

@@ -1,7 +1,8 @@
 """The offsets artefact: for every task what turns the merged checkpoint back into its expert.
 
 Tensors of the file: ``offsets/TASK`` the coded offsets (bytes), ``tensors/TASK/NAME`` task tensors verbatim,
-``rows/TASK/NAME`` the rows that the expert has beyond the merged checkpoint's, ``files/SHA256`` side files that the
+``rows/TASK/NAME`` the rows that the expert has beyond the merged checkpoint's, ``exact/TASK/NAME`` what a lossless
+task's prediction lacks, ``files/SHA256`` side files that the
 merged folder does not have, ``digests`` the start of the SHA-256 of every merged tensor. The header holds the rest;
 ``docs/format.md`` is its contract.
 """
@@ -25,13 +26,16 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.dtypes import CODES, DTYPES
 from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
+from retex_cli.offsets import lossless
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.domain import from_domain, to_domain
+from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.offsets.stream import Shape, decode
 
 FORMAT = "retex.offsets"
-VERSION = 1
+PLAIN, LOSSLESS = 1, 2
+"""Versions: a file without any lossless task is the first, so that it can be read by what knows no other."""
 
 Layout = list[tuple[str, Shape]]
 
@@ -48,7 +52,8 @@ class TaskRecord:
     ``names``: merged name -> expert name where swapping ``prefix`` does not give it. ``absent``: merged tensors that
     the expert does not have. ``dtype``: the expert's usual element type, ``dtypes`` the exceptions by expert name.
     ``rows``: merged name -> rows in common, where the expert has more. ``files``: side file -> SHA-256.
-    ``fingerprint`` is the expert's, ``checksum`` the SHA-256 of the coded offsets.
+    ``fingerprint`` is the expert's, ``checksum`` the SHA-256 of the coded offsets. ``correction_bytes``: what makes a
+    lossless task's expert exact; 0 for any other.
     """
 
     expert: str
@@ -65,6 +70,7 @@ class TaskRecord:
     dtypes: Mapping[str, str]
     rows: Mapping[str, int]
     files: Mapping[str, str]
+    correction_bytes: int = 0
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> TaskRecord:
@@ -107,7 +113,7 @@ class Part:
 
 def open_offsets(path: str) -> tuple[Checkpoint, dict[str, TaskRecord]]:
     """An offsets artefact by its header, and its tasks by name. RetexError for any other file and a damaged header."""
-    file = open_artefact(path, format=FORMAT, versions={VERSION})
+    file = open_artefact(path, format=FORMAT, versions={PLAIN, LOSSLESS})
     try:
         header = json.loads(file.metadata["tasks"])
         records = {task: TaskRecord.from_json(header[task]) for task in sorted(header)}
@@ -165,6 +171,16 @@ class OffsetsFile:
                 "give the merged checkpoint that the offsets were fitted to, or fit them again",
             )
 
+    def check_expert(self, task: str, found: str) -> None:
+        """RetexError unless ``found`` is the fingerprint of a lossless task's expert."""
+        expected = self.task(task).fingerprint
+        if found != expected:
+            raise RetexError(
+                f"{self.path}: the expert of task {task!r} does not come back bit for bit: its fingerprint was "
+                f"{expected[:16]}…, that of what was recovered is {found[:16]}…",
+                "a task tensor is damaged: get the file again",
+            )
+
     def task(self, name: str) -> TaskRecord:
         """UsageError, with the closest names, for a task that the file does not have."""
         return task_record(self.path, self.tasks, name)
@@ -205,6 +221,10 @@ class OffsetsFile:
                 parts.append(Part(TensorSpec(name.removeprefix(start), info.dtype, info.shape), None))
         return sorted(parts, key=lambda part: part.spec.name)
 
+    def is_exact(self, embedding: Embedding, head: str) -> bool:
+        """Whether ``make`` gives the very bits of an expert: one lossless task alone, with its own head."""
+        return dict(embedding) == {head: 1.0} and self.task(head).correction_bytes > 0
+
     def make(
         self,
         part: Part,
@@ -214,7 +234,10 @@ class OffsetsFile:
         head: str,
         device: torch.device,
     ) -> Tensor:
-        """The data of one part, on the CPU; ``merged`` is the merged tensor it is made from. Sums are in float32."""
+        """The data of one part, on the CPU; ``merged`` is the merged tensor it is made from. Sums are in float32.
+
+        Where ``is_exact`` it is the expert's tensor in the expert's own type, and RetexError if it would not be.
+        """
         spec = part.spec
         if part.merged is None or merged is None:
             return self.file.read(f"tensors/{head}/{spec.name}")
@@ -222,9 +245,30 @@ class OffsetsFile:
         name = part.merged
         value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
         value = value.to(spec.dtype)
+        if self.is_exact(embedding, head) and value.is_floating_point():
+            value = self._exact(head, part.merged, spec.name, merged, predictor)
         if merged.shape != spec.shape:
             value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}")])
         return value
+
+    def _exact(self, task: str, merged_name: str, name: str, merged: Tensor, predictor: Predictor) -> Tensor:
+        """Prediction and correction of the expert's tensor ``name``."""
+        data = self.file.read(f"exact/{task}/{name}").numpy().tobytes()
+        dtype = self.task(task).expert_dtype(name)
+        try:
+            predicted = prediction(merged_name, merged, predictor.factors(task, merged_name), dtype)
+            return lossless.decode(data, predicted, dtype).reshape(merged.shape)
+        except CorruptOffsets as error:
+            raise RetexError(
+                f"{self.path}: the correction of tensor {name!r} of task {task!r} is damaged: {error}",
+                "other tasks can still be recovered; get the file again for this one",
+            ) from error
+        except lossless.OtherPrediction as error:
+            raise RetexError(
+                f"{self.path}: tensor {name!r} of task {task!r} does not come back bit for bit: its SHA-256 is "
+                f"{error}; this machine predicts other values than the one that fitted the file",
+                "recover with the versions of torch and retex that fitted it, or fit it again here",
+            ) from error
 
     def side_files(self, task: str) -> dict[str, bytes]:
         """Config, tokenizer and other files of a task's expert. RetexError names one that is nowhere to be found."""
@@ -254,7 +298,16 @@ def fingerprint_of(merged: Checkpoint, digests: Mapping[str, bytes]) -> str:
 
 def tasks_json(records: Mapping[str, TaskRecord]) -> str:
     """The header entry ``tasks``."""
-    return json.dumps({task: asdict(records[task]) for task in sorted(records)}, separators=(",", ":"))
+    entries = {task: asdict(records[task]) for task in sorted(records)}
+    for entry in entries.values():
+        if not entry["correction_bytes"]:  # unknown to readers of the first version
+            del entry["correction_bytes"]
+    return json.dumps(entries, separators=(",", ":"))
+
+
+def version_of(records: Mapping[str, TaskRecord]) -> int:
+    """The version of a file with these tasks."""
+    return LOSSLESS if any(record.correction_bytes for record in records.values()) else PLAIN
 
 
 def digest_rows(digests: Mapping[str, bytes]) -> Tensor:

@@ -8,7 +8,7 @@ component gets, and ``allocate`` decides it over all tensors at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
 from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
 from retex_cli.offsets.stream import LONG, Coded, Context, Shape
+from retex_cli.offsets.total import Noise, cheapest_total
 
 TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
@@ -47,7 +48,7 @@ class OffsetFitter:
 
     def __init__(self, layout: Sequence[tuple[str, Shape]], budget: int) -> None:
         self._layout = list(layout)
-        self._budget = budget
+        self.budget = budget
         self._prepared: dict[str, Prepared] = {}
 
     def prepare(self, delta: Tensor) -> Prepared:
@@ -67,7 +68,13 @@ class OffsetFitter:
 
     def _affordable(self, shape: Shape) -> int:
         """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
-        return int(8 * self._budget / (max(shape[0], 1) / 2)) + 1
+        return int(8 * self.budget / (max(shape[0], 1) / 2)) + 1
+
+    def lower_budget(self, noises: Mapping[str, Noise]) -> None:
+        """Lower the budget to where offsets and exact correction are smallest together; ``noises`` by tensor name."""
+        candidates = [self._candidates(name) for name, _ in self._layout]
+        nothing = Noise(0, 1.0)
+        self.budget = cheapest_total(candidates, [noises.get(name, nothing) for name, _ in self._layout], self.budget)
 
     def finish(self) -> bytes:
         """The coded offsets: at most the budget, and near it unless everything fits in less.
@@ -78,21 +85,21 @@ class OffsetFitter:
         if not any((candidate.energies > 0).any() for candidate in candidates):
             return stream.encode([[] for _ in self._layout], {})  # the expert is the merged checkpoint
         best, best_levels = b"", None
-        target, highest, lowest = 8.0 * self._budget, math.inf, 0.0
+        target, highest, lowest = 8.0 * self.budget, math.inf, 0.0
         for _ in range(12):
             levels = allocate(candidates, target)
             if levels == best_levels:
                 break
             data = self._encode(levels) if any(levels) else b""
-            if data and len(data) <= self._budget:
+            if data and len(data) <= self.budget:
                 lowest = target
                 if len(data) > len(best):
                     best, best_levels = data, levels
-                if len(data) >= TOLERANCE * self._budget:
+                if len(data) >= TOLERANCE * self.budget:
                     break
             elif data:
                 highest = target
-            guess = target * 0.995 * self._budget / max(len(data), 1)
+            guess = target * 0.995 * self.budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
         return best or self._least(candidates)
 
@@ -103,7 +110,7 @@ class OffsetFitter:
         levels: list[list[int]] = [[] for _ in candidates]
         [levels[cheapest]] = allocate([candidates[cheapest]], prices[cheapest])
         data = self._encode(levels)
-        if len(data) > self._budget:
+        if len(data) > self.budget:
             raise BudgetTooSmall(len(data))
         return data
 

@@ -27,6 +27,10 @@ class Predictor:
         """Names, sorted."""
         return tuple(sorted(self._factors))
 
+    def factors(self, task: str, name: str) -> Factors | None:
+        """The decoded components of one task's offset of tensor ``name``; None if it has none."""
+        return self._factors[task].get(name)
+
     def delta(self, name: str, shape: Shape, embedding: Embedding, device: torch.device) -> Tensor | None:
         """The offset of tensor ``name``, float32 of ``shape`` on ``device``; None where no task has one.
 
