@@ -5,7 +5,7 @@
 Beside ``retex fit-offsets --lossless``: ``xz -9`` and ``zstd -19`` of the expert's weight file, and what the merged
 checkpoint's bits save a compressor: every shared tensor XOR the merged one, all first bytes together, all second ones
 and so on, each plane by ``zstd -19``, the expert's other tensors behind them. All count weights alone: no side files.
-Writes ``results/lossless.json``, one entry a suite.
+Writes ``results/lossless.json``, one entry a suite, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,9 @@ def planes(expert: Checkpoint, merged: Checkpoint) -> list[bytes]:
     return [*(b"".join(split[key]) for key in sorted(split)), b"".join(verbatim)]
 
 
-def timed(work: Callable[[], int]) -> dict[str, object]:
-    """``{"bytes", "seconds"}`` of one compressor."""
-    began = time.monotonic()
-    size = work()
-    return {"bytes": size, "seconds": round(time.monotonic() - began, 1)}
+def xor(expert: Checkpoint, merged: Checkpoint) -> int:
+    """Bytes of all byte planes under ``zstd -19``."""
+    return sum(zstd(plane) for plane in planes(expert, merged))
 
 
 def ours(merged: Path, expert: str, task: str, folder: Path, threads: int | None) -> dict[str, object]:
@@ -94,26 +93,40 @@ def ours(merged: Path, expert: str, task: str, folder: Path, threads: int | None
     }
 
 
-def measure(workspace: Path, tasks: list[str], threads: int | None) -> dict[str, object]:
-    """All compressors on every task; the merged checkpoint is made of all experts of the workspace."""
-    found: dict[str, object] = {}
-    experts = {path.name: str(path) for path in sorted((workspace / "experts").iterdir())}
+def save(suite: str, entry: dict[str, object]) -> Path:
+    """Put one suite's entry into the results, with what it was measured by."""
+    path = RESULTS / "lossless.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    entry = {**entry, "zstandard": zstandard.__version__, "provenance": provenance()}
+    path.write_text(json.dumps({**before, suite: entry}, indent=1) + "\n")
+    return path
+
+
+def measure(suite: str, workspace: Path, tasks: list[str], threads: int | None, again: bool) -> Path:
+    """All compressors on every task, each kept once it is done; the merged checkpoint is made of all experts."""
+    path = RESULTS / "lossless.json"
+    experts = {folder.name: str(folder) for folder in sorted((workspace / "experts").iterdir())}
+    before = json.loads(path.read_text()).get(suite, {}) if path.is_file() and not again else {}
+    found: dict[str, dict[str, object]] = before.get("tasks", {})
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged"
         retex_cli.merge(str(workspace / "base"), experts, str(merged), device="cpu", threads=threads)
         for task in tasks or list(experts):
             expert = open_checkpoint(experts[task])
             weights = b"".join(file.read_bytes() for file in expert.files)
-            row = {
-                "expert_bytes": len(weights),
-                "retex": ours(merged, experts[task], task, Path(scratch), threads),
-                "xor": timed(lambda e=expert: sum(map(zstd, planes(e, open_checkpoint(merged))))),
-                "zstd": timed(lambda w=weights: zstd(w)),
-                "xz": timed(lambda w=weights: xz(w)),
+            row = found.setdefault(task, {"expert_bytes": len(weights)})
+            parts: dict[str, Callable[[], object]] = {
+                "retex": partial(ours, merged, experts[task], task, Path(scratch), threads),
+                "xor": partial(xor, expert, open_checkpoint(merged)),
+                "zstd": partial(zstd, weights),
+                "xz": partial(xz, weights),
             }
-            found[task] = row
-            print(json.dumps({task: row}, indent=1), flush=True)
-    return {"merged_from": list(experts), "tasks": found}
+            for name, work in parts.items():
+                if name not in row:
+                    row[name] = work()
+                    save(suite, {"merged_from": list(experts), "tasks": found})
+                    print(task, name, row[name], flush=True)
+    return save(suite, {"merged_from": list(experts), "tasks": found})
 
 
 def main() -> None:
@@ -122,6 +135,7 @@ def main() -> None:
     parser.add_argument("suite", choices=("text4", "text8", "vision6"))
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these; the merge is of all")
     parser.add_argument("--workspace", type=Path, metavar="DIR", help="the suite's workspace, if it is made already")
+    parser.add_argument("--again", action="store_true", help="measure what the results have already, too")
     parser.add_argument("--threads", type=int, help="for retex; the compressors have one each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,11 +143,7 @@ def main() -> None:
         if arguments.workspace is None:
             make = ROOT / "examples" / "suites" / "make.py"
             subprocess.run([sys.executable, str(make), arguments.suite, scratch], check=True)
-        result = measure(workspace, arguments.tasks, arguments.threads)
-    path = RESULTS / "lossless.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    entry = {**result, "zstandard": zstandard.__version__, "provenance": provenance()}
-    path.write_text(json.dumps({**before, arguments.suite: entry}, indent=1) + "\n")
+        path = measure(arguments.suite, workspace, arguments.tasks, arguments.threads, arguments.again)
     print(f"wrote {path}")
 
 

@@ -29,7 +29,7 @@ from retex_cli.offsets.total import Noise
 
 __all__ = ["TYPES", "OtherPrediction", "checked", "decode", "encode", "noise_of"]
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Entries that are coded together, in whole rows: memory stays flat, and tables fit where they are used."""
 EQUAL, PLAIN, OFFSET = range(3)
 """What a row is predicted by: it is the merged row; the merged row; the merged row and the offset."""
