@@ -155,6 +155,17 @@ def test_damage_is_never_written(exact: Path, retex: Retex, name: str, words: st
     assert retex("recover", "--offsets", FILE, "--task", "dtd", "-o", "dtd/").code == 0
 
 
+def test_a_correction_that_is_missing_is_damage(exact: Path, retex: Retex) -> None:
+    with safe_open(FILE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(FILE)
+    del tensors["exact/cars/bert.pooler.dense.weight"]
+    save_file(tensors, FILE, metadata=metadata)
+    result = retex("recover", "--offsets", FILE, "--task", "cars", "-o", "back/")
+    assert result.code == 1
+    assert "correction of tensor 'bert.pooler.dense.weight' of task 'cars' is damaged: it is not there" in result.err
+
+
 def test_a_machine_that_predicts_otherwise_says_so(exact: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch) -> None:
     rounded = fixed.Prediction._rounded
     monkeypatch.setattr(fixed.Prediction, "_rounded", lambda self, value: rounded(self, value * (1 + 1e-5)))

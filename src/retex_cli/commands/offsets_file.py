@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retex_cli.commands.corrections import restore
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment
 from retex_cli.io.artefact import open_artefact
@@ -26,7 +27,6 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.dtypes import CODES, DTYPES
 from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
-from retex_cli.offsets import lossless
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.fixed import prediction
@@ -241,34 +241,19 @@ class OffsetsFile:
         spec = part.spec
         if part.merged is None or merged is None:
             return self.file.read(f"tensors/{head}/{spec.name}")
-        delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device)
         name = part.merged
-        value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
-        value = value.to(spec.dtype)
-        if self.is_exact(embedding, head) and value.is_floating_point():
-            value = self._exact(head, part.merged, spec.name, merged, predictor)
+        if self.is_exact(embedding, head) and merged.is_floating_point():
+            record, factors = self.task(head), predictor.factors(head, name)
+            dtype = record.expert_dtype(spec.name)
+            value = restore(self.file, self.path, head, spec.name, prediction(name, merged, factors, dtype), dtype)
+            value = value.reshape(merged.shape)
+        else:
+            delta = predictor.delta(name, tuple(merged.shape), embedding, device)
+            value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
+            value = value.to(spec.dtype)
         if merged.shape != spec.shape:
             value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}")])
         return value
-
-    def _exact(self, task: str, merged_name: str, name: str, merged: Tensor, predictor: Predictor) -> Tensor:
-        """Prediction and correction of the expert's tensor ``name``."""
-        data = self.file.read(f"exact/{task}/{name}").numpy().tobytes()
-        dtype = self.task(task).expert_dtype(name)
-        try:
-            predicted = prediction(merged_name, merged, predictor.factors(task, merged_name), dtype)
-            return lossless.decode(data, predicted, dtype).reshape(merged.shape)
-        except CorruptOffsets as error:
-            raise RetexError(
-                f"{self.path}: the correction of tensor {name!r} of task {task!r} is damaged: {error}",
-                "other tasks can still be recovered; get the file again for this one",
-            ) from error
-        except lossless.OtherPrediction as error:
-            raise RetexError(
-                f"{self.path}: tensor {name!r} of task {task!r} does not come back bit for bit: its SHA-256 is "
-                f"{error}; this machine predicts other values than the one that fitted the file",
-                "recover with the versions of torch and retex that fitted it, or fit it again here",
-            ) from error
 
     def side_files(self, task: str) -> dict[str, bytes]:
         """Config, tokenizer and other files of a task's expert. RetexError names one that is nowhere to be found."""

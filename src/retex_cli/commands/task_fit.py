@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.commands.budget import budget_bytes
+from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.errors import RetexError
 from retex_cli.io.align import Alignment, align
@@ -195,7 +196,7 @@ def _corrections(fit: TaskFit, merged: Checkpoint, data: bytes, threads: int, pr
 
     found = {}
     for name, correction in zip(names, ordered_map(correct, names, threads), strict=True):
-        found[f"exact/{fit.task}/{fit.alignment.shared[name]}"] = as_tensor(correction)
+        found[stored_name(fit.task, fit.alignment.shared[name])] = as_tensor(correction)
         progress.advance()
     return found
 
