@@ -16,7 +16,6 @@ import lzma
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,15 +70,12 @@ def xor(expert: Checkpoint, merged: Checkpoint) -> int:
 
 def ours(merged: Path, expert: str, task: str, folder: Path, threads: int | None) -> dict[str, object]:
     """Fit without loss, recover, compare all bits."""
-    began = time.monotonic()
     file = folder / "exact.safetensors"
     report = retex_cli.fit_offsets(
         str(merged), {task: expert}, str(file), lossless=True, device="cpu", threads=threads, overwrite=True
     )
-    fitted = time.monotonic()
     back = folder / "back.safetensors"
     retex_cli.recover(str(merged), str(file), str(back), task=task, device="cpu", threads=threads, overwrite=True)
-    recovered = time.monotonic()
     fingerprints = {checkpoint_fingerprint(open_checkpoint(path)) for path in (back, expert)}
     row = report.rows[task]
     return {
@@ -88,8 +84,6 @@ def ours(merged: Path, expert: str, task: str, folder: Path, threads: int | None
         "correction_bytes": row["correction_bytes"],
         "task_tensor_bytes": row["task_tensor_bytes"],
         "identical": len(fingerprints) == 1,
-        "seconds": round(fitted - began, 1),
-        "recover_seconds": round(recovered - fitted, 1),
     }
 
 
