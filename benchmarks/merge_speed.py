@@ -6,8 +6,8 @@
 
 Makes a base and experts shaped like GPT-2 or Llama (4.5 GB, removed at the end), reads all of them once so that both
 tools find them in memory, and runs retex and mergekit in turn on the same files, each as a whole process, its output on
-the same disk and deleted before the next. A pair of runs that takes less than 30 s is repeated; medians count. The
-whole run, with nothing left out and default sizes, is kept in ``results/merge_speed.json``. With ``--check`` the exit
+the same disk and deleted before the next. A pair of runs that takes less than 30 s is repeated; medians count. A run
+at the default sizes is kept in ``results/merge_speed.json``, in the place of earlier ones. With ``--check`` the exit
 status is 1 where a bar is missed.
 """
 
@@ -22,12 +22,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import bars
 import peer
 import torch
 from measure import RETEX, run
-from record import write
+from record import RESULTS, provenance, write
 from shapes import make
 
 REPEATED_BELOW = 30.0
@@ -36,6 +37,8 @@ LAYERS = (4, 8, 16)
 FLAT = ("task_arithmetic", "ties", "dare_ties", "tsv_m")
 BUDGETS = {"ties": (64, 128, 256), "dare_ties": (64, 128, 256), "tsv_m": (512, 768, 1024), "iso_c": (512, 768, 1024)}
 """MB of ``--max-memory`` that are tried, on four layers."""
+
+SECTIONS = ("layers", "max_memory")
 
 Measured = dict[str, dict[str, float]]
 
@@ -230,9 +233,8 @@ def parsed() -> argparse.Namespace:
     unknown = set(arguments.methods) - set(ROWS)
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(ROWS)}")
-    arguments.whole = not arguments.flat and all(
-        getattr(arguments, name) == parser.get_default(name) for name in ("model", "layers", "experts", "methods")
-    ) and arguments.dtype == torch.float32  # fmt: skip
+    usual = ("model", "layers", "experts", "dtype")
+    arguments.usual = all(getattr(arguments, name) == parser.get_default(name) for name in usual)
     return arguments
 
 
@@ -252,16 +254,35 @@ def timed(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         return {"what": what, "bytes": size, "copy_s": round(copy, 3), "methods": speeds(arguments, bench)}
 
 
+def kept(measured: dict[str, object], versions: dict[str, str]) -> dict[str, object]:
+    """What is recorded: the last record with this run's methods and sections in the place of its own.
+
+    ``commits`` says of every method and section at which commit it was measured.
+    """
+    found = RESULTS / "merge_speed.json"
+    before: dict[str, object] = json.loads(found.read_text()) if found.is_file() else {}
+    merged = {**before, **measured, "mergekit": versions}
+    for name in ("methods", "commits"):
+        merged[name] = {
+            **cast("dict[str, object]", before.get(name, {})),
+            **cast("dict[str, object]", merged.get(name, {})),
+        }
+    here = provenance()["commit"]
+    new = [*cast("dict[str, object]", measured.get("methods", {})), *(key for key in measured if key in SECTIONS)]
+    merged["commits"] = {**cast("dict[str, object]", merged["commits"]), **dict.fromkeys(new, here)}
+    return merged
+
+
 def main() -> None:
     """Read the command line, measure, print, write, check."""
     arguments = parsed()
     result: dict[str, object] = {} if arguments.flat else timed(arguments, arguments.folder)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.get("methods", {}), indent=1) + "\n")
-    if arguments.flat or arguments.whole:
+    if arguments.flat or arguments.methods == tuple(ROWS):
         result |= flat(arguments, arguments.folder)
-    if arguments.whole:
-        print(f"wrote {write('merge_speed', {**result, 'mergekit': peer.versions(arguments.peer_venv)})}")
+    if arguments.usual:
+        print(f"wrote {write('merge_speed', kept(result, peer.versions(arguments.peer_venv)))}")
     missed = bars.missed(result)
     for text in missed:
         print(f"missed: {text}")

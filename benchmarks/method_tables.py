@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 from tables import load, percent, row, source
@@ -14,18 +16,35 @@ SUITES = {
 
 Entry = Mapping[str, object]
 
+FINDINGS = Path(__file__).resolve().parent.parent / "docs" / "findings.md"
+"""Text with ``{suite:method:variant:mean}`` and the like where a measured share in percent belongs."""
+
+
+def findings() -> str:
+    """The text with its numbers put in; a dash where one was not measured."""
+    return re.sub(r"\{(\w+):([^:{}]+):(\w+):(\w+)\}", _number, FINDINGS.read_text(encoding="utf-8"))
+
+
+def _number(place: re.Match[str]) -> str:
+    suite, method, variant, key = place.groups()
+    methods = cast("dict[str, dict[str, Entry]]", (load(f"methods-{suite}") or {}).get("methods", {}))
+    value = methods.get(method, {}).get(variant, {}).get(key)
+    return "-" if value is None else f"{value:g}" if key == "alpha" else percent(value)
+
 
 def methods_tables() -> str:
     """One table a suite, then time and memory; empty where nothing was measured."""
     parts = [_accuracy(suite, what) for suite, what in SUITES.items()]
-    parts += [_cost(), _exactness()]
+    parts += [_cost(), _exactness(), _authors()]
     measured = "\n".join(part for part in parts if part)
     return f"\n## Measured\n\n{_HEAD}\n{measured}" if measured else ""
 
 
 _HEAD = """\
 Accuracy of the merged checkpoint alone, each task with its own head: share of the experts' own accuracy in percent,
-mean over tasks and worst task. `auto` chose alpha by agreement with the experts on 64 unlabelled held-out inputs.
+mean over tasks and worst task. `auto` chose alpha by agreement with the experts on 64 unlabelled held-out inputs
+a task (where BatchNorm is re-estimated, from 64 inputs a task, with it). Test rows are drawn at random. Seconds (s) are
+of the whole `retex merge` process at the default.
 """
 
 
@@ -36,18 +55,27 @@ def _accuracy(suite: str, what: str) -> str:
         return ""
     methods = cast("dict[str, dict[str, Entry]]", result["methods"])
     rows, base = cast("dict[str, int]", result["test_rows"]), cast("Entry", result["base"])
+    kinds = [kind for kind in _VARIANTS if any(kind in variants for variants in methods.values())]
+    best = "batchnorm" if "batchnorm" in kinds else "default"
     text = f"### {suite}: {what}, at most {max(rows.values()):,} test rows a task\n\n"
-    text += row(["method", "mean", "worst task", "alpha by auto", "mean", "worst task", "seconds"]) + "|---" * 7 + "|\n"
-    text += row(["(the base, nothing merged)", percent(base["mean"]), percent(base["worst"]), "", "", "", ""])
-    for method, variants in sorted(methods.items(), key=lambda item: -cast("float", item[1]["default"]["mean"])):
-        usual, chosen = variants["default"], variants.get("auto")
-        cells = [method, percent(usual["mean"]), percent(usual["worst"])]
-        if chosen is None:
-            cells += ["", "", ""]
-        else:
-            cells += [f"{chosen['alpha']:g}", percent(chosen["mean"]), percent(chosen["worst"])]
-        text += row([*cells, f"{usual['wall_s']:.1f}"])
-    return text + "\nSeconds are of the whole `retex merge` process at the default.\n\n" + source(name, result) + "\n"
+    text += row(["method", *(_VARIANTS[kind] for kind in kinds), "alpha by auto", "s"]) + "|---" * (len(kinds) + 3)
+    text += "|\n" + row(["(the base, nothing merged)", _pair(base), *[""] * (len(kinds) + 1)])
+    for method, variants in sorted(methods.items(), key=lambda item: -cast("float", item[1][best]["mean"])):
+        alpha = f"{variants['auto']['alpha']:g}" if "auto" in variants else ""
+        seconds = f"{variants['default']['wall_s']:.1f}"
+        text += row([method, *(_pair(variants.get(kind)) for kind in kinds), alpha, seconds])
+    return text + "\n" + source(name, result) + "\n"
+
+
+_VARIANTS = {
+    "default": "default: mean / worst",
+    "batchnorm": "BatchNorm re-estimated: mean / worst",
+    "auto": "auto: mean / worst",
+}
+
+
+def _pair(entry: Entry | None) -> str:
+    return "" if entry is None else f"{percent(entry['mean'])} / {percent(entry['worst'])}"
 
 
 def _cost() -> str:
@@ -86,6 +114,29 @@ def _exactness() -> str:
         note = max((entry["note"] for entry in mine.values()), key=len)
         text += row([peer, method, *(_difference(mine.get(kind)) for kind in kinds), note])
     return text + "\n" + source(name, result) + "\n"
+
+
+def _authors() -> str:
+    """The same merges by the released code of the methods' authors: one row per method."""
+    result = load("authors")
+    if result is None:
+        return ""
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    text = (
+        "### The same tensors as the authors' released code\n\nTheir functions, run from their files, and retex on a "
+        "small float32 model: the largest difference of an entry, relative to the largest of the tensor's merged task "
+        "vector, with their code in float32 and in float64; in brackets the share of all entries that differ by more "
+        "than rounding. Where their code as released follows another rule, it was run as the last column says, and "
+        "`as released` is how far its own merge lies from retex's, in percent of its task vector's norm.\n\n"
+    )
+    text += row(["method", "their code", "float32", "float64", "as released", "where they differ"]) + "|---" * 6 + "|\n"
+    for entry in rows:
+        place = f"{entry['repository']}@{entry['commit'][:10]}<br>`{entry['file']}`"
+        released = f"{100 * entry['released']:.2g} %" if "released" in entry else ""
+        worst = [_difference(entry[dtype]) for dtype in ("float32", "float64")]
+        text += row([entry["method"], place, *worst, released, entry["note"]])
+    return text + "\n" + source("authors", result) + "\n"
 
 
 def _difference(row: dict[str, object] | None) -> str:

@@ -1,11 +1,12 @@
 """What every merge method leaves of the experts: accuracy of the merged checkpoint alone, with each task's own head.
 
-    python benchmarks/methods.py text8|vision6 [--rows 1000] [--methods ties,esm] [--fresh]
+    python benchmarks/methods.py text8|vision6 [--rows 500] [--methods ties,esm] [--fresh]
 
 Every method is merged by the command line at its default scale and, where it takes one, at ``alpha = auto`` (chosen by
-agreement with the experts on held-out inputs; no labels, no test data). Rows that were measured at the same commit are
-kept in the cache and not measured again. The suite is made first if it is not there; results go to
-``results/methods-SUITE.json``.
+agreement with the experts on held-out inputs; no labels, no test data); networks with BatchNorm also with its running
+statistics re-estimated from the tasks' inputs, which the chosen scale then has too. Rows are kept in the cache, with
+the commit they were measured at, until ``--fresh`` asks for them again. The suite is made first if it is not there;
+results go to ``results/methods-SUITE.json``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -35,13 +37,21 @@ from retex_cli.progress import Silent
 from retex_cli.workspace import Workspace
 
 VARIANTS = {
-    "esm (roberta)": ("esm", {"variant": "roberta"}),
-    "task_arithmetic + lines": ("task_arithmetic", {"lines": "1"}),
+    "esm (roberta)": ("esm", ["--set=variant=roberta"]),
+    "esm (256 inputs)": ("esm", ["--samples=256"]),
+    "esm (no scalings)": ("esm", ["--set=tasks=off", "--set=columns=off", "--set=layers=off"]),
+    "task_arithmetic + lines": ("task_arithmetic", ["--set=lines=1"]),
 }
-"""Rows beside the methods themselves: name -> method and options."""
+"""Rows beside the methods themselves: name -> method and what is typed."""
 
-BATCHNORM = {"average (measured BatchNorm)": "average", "task_arithmetic (measured BatchNorm)": "task_arithmetic"}
-"""Rows for suites whose network has running statistics."""
+REESTIMATED = ["--batchnorm", "reestimate"]
+FEW = ["--samples", "64"]
+"""Inputs of a task for BatchNorm alone: enough for means and variances."""
+
+
+def drawn(rows: list[Example], count: int) -> list[Example]:
+    """At most ``count`` rows, the same at every call: files may be sorted by label."""
+    return rows if len(rows) <= count else random.Random(0).sample(rows, count)
 
 
 class Bench:
@@ -54,7 +64,7 @@ class Bench:
         experts = {task: open_expert(reference, self.base) for task, reference in references.items()}
         alignments = {task: align(self.base, expert) for task, expert in experts.items()}
         self.models = ExpertModels(experts, alignments, choose_device("auto", Silent()), space.model)
-        self.tests = {task: read_rows(path)[:rows] for task, path in space.with_tests({}).items()}
+        self.tests = {task: drawn(read_rows(path), rows) for task, path in space.with_tests({}).items()}
         self.has_batchnorm = any(name.endswith("running_mean") for name in self.base.tensors)
         self.expert = {task: self._accuracy(task, rows, None) for task, rows in self.tests.items()}
 
@@ -82,33 +92,42 @@ def one(bench: Bench, suite: Path, options: list[str]) -> dict[str, object]:
         with open_checkpoint(output) as checkpoint:
             scale = json.loads(checkpoint.metadata["retex.recipe"]).get("scale")
             weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-        return {**bench.scores(weights), **(cost or {}), "alpha": scale["alpha"] if scale else None}
+        return {
+            **bench.scores(weights),
+            **(cost or {}),
+            "alpha": scale["alpha"] if scale else None,
+            "commit": provenance()["commit"],
+        }
 
 
-def rows(bench: Bench) -> dict[str, tuple[Method, list[str]]]:
+def rows() -> dict[str, tuple[Method, list[str]]]:
     """Every row: its name, its method and what is typed for it."""
-    plain = {name: (name, {}) for name in METHODS if METHODS[name].needs != "two experts"}
-    found = {
-        name: (METHODS[method], ["--method", method, *(f"--set={key}={value}" for key, value in given.items())])
-        for name, (method, given) in {**plain, **VARIANTS}.items()
-    }
-    if bench.has_batchnorm:
-        for name, method in BATCHNORM.items():
-            found[name] = (METHODS[method], ["--method", method, "--batchnorm", "measure"])
+    plain = {name: (name, list[str]()) for name in METHODS if METHODS[name].needs != "two experts"}
+    return {name: (METHODS[m], ["--method", m, *typed]) for name, (m, typed) in {**plain, **VARIANTS}.items()}
+
+
+def variants(bench: Bench, name: str, method: Method, options: list[str]) -> dict[str, list[str]]:
+    """What is measured of one row: its defaults, with BatchNorm re-estimated where there is one, a chosen scale."""
+    found = {"default": options}
+    more = [*REESTIMATED, *([] if method.needs_inputs else FEW)] if bench.has_batchnorm else []
+    if more:
+        found["batchnorm"] = [*options, *more]
+    if any(option.name == "alpha" for option in method.options) and name not in VARIANTS:
+        found["auto"] = [*options, *more, "--alpha", "auto"]
     return found
 
 
 def cache(suite: str, count: int) -> Path:
-    """Where the rows of this commit are kept."""
+    """Where rows are kept from run to run, each with the commit that it was measured at."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "benchmarks"
-    return home / f"methods-{suite}-{count}-{str(provenance()['commit'])[:12]}.json"
+    return home / f"methods-{suite}-{count}.json"
 
 
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite")
-    parser.add_argument("--rows", type=int, default=1000, help="test rows a task, the first ones")
+    parser.add_argument("--rows", type=int, default=500, help="test rows a task, drawn at random")
     parser.add_argument("--methods", help="only these, by comma")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
     arguments = parser.parse_args()
@@ -117,16 +136,13 @@ def main() -> None:
     subprocess.run([sys.executable, str(make), arguments.suite, str(folder)], check=True)
     bench = Bench(folder, arguments.rows)
     store = cache(arguments.suite, arguments.rows)
-    known = json.loads(store.read_text()) if store.is_file() and not arguments.fresh else {}
+    known = json.loads(store.read_text()) if store.is_file() else {}
     chosen = set(arguments.methods.split(",")) if arguments.methods else None
-    for name, (method, options) in rows(bench).items():
+    for name, (method, options) in rows().items():
         if chosen is not None and method.name not in chosen:
             continue
-        variants = {"default": options}
-        if any(option.name == "alpha" for option in method.options) and "lines" not in name:
-            variants["auto"] = [*options, "--alpha", "auto"]
-        for variant, typed in variants.items():
-            if variant in known.get(name, {}):
+        for variant, typed in variants(bench, name, method, options).items():
+            if variant in known.get(name, {}) and not arguments.fresh:
                 continue
             known.setdefault(name, {})[variant] = result = one(bench, folder, typed)
             store.parent.mkdir(parents=True, exist_ok=True)

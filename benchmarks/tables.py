@@ -94,7 +94,8 @@ def _speed() -> str:
     assert isinstance(peer, dict)
     text = (
         f"**Merging** {result['what']}: whole processes in turn on the same files, which lie in memory; retex beside "
-        f"mergekit {peer['mergekit']} (a dash: it has no such method). A plain copy of the files takes "
+        f"mergekit {peer['mergekit']} (a dash: it has no such method). retex remembers the SHA-256 of its inputs from "
+        "the first merge on (`average`), as it does for anyone who merges the same files again. A plain copy takes "
         f"{result['copy_s']:.1f} s.\n\n"
     )
     text += row(["method", "wall s", "mergekit's", "times faster", "CPU s", "mergekit's", "anonymous MB", "mergekit's"])
@@ -111,6 +112,8 @@ def _speed() -> str:
 
 def _flatness(result: dict[str, object]) -> str:
     """The memory of merging by the number of layers, and by the budget that is given."""
+    if "layers" not in result:
+        return ""
     layers, budgets = result["layers"], result["max_memory"]
     assert isinstance(layers, dict)
     assert isinstance(budgets, dict)
@@ -172,15 +175,55 @@ def _lossless() -> str:
     return text
 
 
+def _recovery() -> str:
+    """An expert as a file: time beside a plain copy, memory by depth, the decoder."""
+    name = "recovery"
+    result = load(name)
+    if result is None:
+        return ""
+    recover, start, layers, decoder = (result[key] for key in ("recover", "start", "layers", "decoder"))
+    assert isinstance(recover, dict)
+    assert isinstance(start, dict)
+    assert isinstance(layers, dict)
+    assert isinstance(decoder, list)
+    held = ", ".join(f"{megabytes:.0f} MB with {count} layers" for count, megabytes in layers.items())
+    rates = ", ".join(f"{row['symbols_m_per_s']:.0f} (at {row['bits']:.1f} bits)" for row in decoder)
+    factors = ", ".join(f"{row['factors_m_per_s']:.0f}" for row in decoder)
+    text = (
+        f"**Recovering** a MiniLM expert of {result['merged_mb']:.0f} MB: {recover['wall_s']:.2f} s "
+        f"({recover['cpu_s']:.2f} s of CPU), where a process that only starts and plans takes {start['wall_s']:.2f} s "
+        f"({start['cpu_s']:.2f} s) and a plain copy that is on the disk {result['copy_s']:.2f} s. Peak anonymous "
+        f"memory: {held}. "
+        f"The decoder reads {rates} million symbols a second on one core ({factors} up to the factors).\n\n"
+    )
+    return text + source(name, result) + "\n"
+
+
+def _switching() -> str:
+    """An expert inside a loaded model, beside copying weights into it."""
+    name = "switching"
+    result = load(name)
+    if result is None:
+        return ""
+    heads = {
+        "copy_ms": "plain copy of all weights",
+        "merged_ms": "merged weights",
+        "expert_ms": "another expert",
+        "mix_ms": "a mix of two",
+        "first_ms": "an expert for the first time (decoding)",
+    }
+    text = (
+        f"**Switching** a loaded MiniLM of {result['weights_mb']:.0f} MB, in milliseconds of one core; another expert "
+        f"takes {result['times_copy']:.1f} times a plain copy. Held for it beside the model: "
+        f"{result['held_mb']:.0f} MB.\n\n"
+    )
+    text += row(list(heads.values())) + "|---" * len(heads) + "|\n"
+    text += row([f"{result[key]:.0f}" for key in heads])
+    return text + "\n" + source(name, result) + "\n"
+
+
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
-    parts = [
-        _demo("text4"),
-        _demo("text8"),
-        _budgets("text4"),
-        _budgets("text8"),
-        _lossless(),
-        _speed(),
-        _architectures(),
-    ]
+    accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8")]
+    parts = [*accuracy, _lossless(), _speed(), _recovery(), _switching(), _architectures()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

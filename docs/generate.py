@@ -58,7 +58,7 @@ density = 0.2                                    # options of the method stand b
 alpha = "auto"                                   # chosen by agreement with the experts on their inputs
 dtype = "float32"                                # as --dtype; also max_shard_size, allow_missing
 samples = 64                                     # inputs of a task that are measured on, where a method does
-batchnorm = "average"                            # or "measure", on the tasks' inputs
+batchnorm = "average"                            # or "reestimate", from the tasks' inputs
 [merge.weight]                                   # an option that may differ between tasks; "*" for the others
 cars = 1.5
 [merge.override."*.bias"]                        # options for the parameters whose names match
@@ -140,7 +140,7 @@ whose answers agree best with the experts' on a held-out quarter of every task's
 chooses it on the labelled rows that `validation` names. The recipe records which, and every scale that was tried.
 Methods that need inputs read them through each task's own expert; convolutions count as `d_out x rest`, and matrices
 without statistics (embeddings, grouped convolutions) are merged without. Running statistics of a BatchNorm are
-averaged, or measured again on the inputs of all tasks: `--batchnorm measure`.
+averaged, or re-estimated from the inputs of all tasks: `--batchnorm reestimate`.
 
 | method | what it does | options (default) | at once in memory | needs |
 |---|---|---|---|---|
@@ -172,11 +172,11 @@ def readme() -> str:
 
 def methods_page() -> str:
     """One row per method, what was measured, and what was found."""
-    from method_tables import methods_tables
+    from method_tables import findings, methods_tables
 
     text = _METHODS + "".join(_method(method) for method in METHODS.values()) + _MODIFIERS
     text += "".join(f"| `{o.name}` ({o.default}) | {o.help} |\n" for o in MODIFIERS)
-    return text + methods_tables() + "\n" + (FOLDER / "findings.md").read_text(encoding="utf-8")
+    return text + methods_tables() + "\n" + findings()
 
 
 def _method(method: Method) -> str:

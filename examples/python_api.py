@@ -1,4 +1,4 @@
-"""The whole job as five function calls, on the experts and data in a folder.
+"""The whole job as function calls, and experts switched inside a loaded model, on the experts and data in a folder.
 
     python python_api.py FOLDER
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+from transformers import AutoModel
 
 import retex_cli as retex
 
@@ -30,7 +32,7 @@ class Lines:
 
 
 def main(folder: Path) -> None:
-    """Merge, fit, build, recover, evaluate."""
+    """Merge, fit, build, recover, evaluate, switch."""
     experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
     inputs = {task: str(folder / f"data/{task}-inputs.jsonl") for task in experts}
     tests = {task: str(folder / f"data/{task}-test.jsonl") for task in experts}
@@ -45,6 +47,13 @@ def main(folder: Path) -> None:
     report = retex.evaluate(merged, offsets, experts, tests, signatures=signatures)
     for line in report.lines():
         print(line)
+
+    predictor = retex.Predictor.load(merged, offsets)
+    model = AutoModel.from_pretrained(merged)
+    for task in experts:
+        predictor.apply_(model, task, head=False)  # the encoder alone: this model has no place for a head
+        print(f"switched to {task}: weights sum to {sum(value.sum().item() for value in model.parameters()):.6f}")
+    predictor.apply_(model, None)
 
     try:
         retex.recover(merged, offsets, str(folder / "recovered" / "boats"), task="boats")

@@ -115,6 +115,7 @@ def test_python_api(workspace: Path, shell: Mapping[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert "merging" in done.stdout
     assert "recovered, protocol K" in done.stdout
+    assert "switched to dtd" in done.stdout
     assert "no task 'boats'" in done.stdout.splitlines()[-1]
     for task in ("cars", "dtd"):
         names = tensors(workspace / f"recovered/{task}/model.safetensors").keys()

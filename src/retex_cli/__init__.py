@@ -7,6 +7,8 @@ paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a fo
 ``model`` (``package.module:function``) builds the network where it is no transformers model.
 ``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
 
+``Predictor`` switches experts inside a model that is already loaded, without writing a file.
+
 Importing this module imports nothing heavy: torch is loaded by the first call.
 """
 
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from retex_cli.commands.init import InitReport
     from retex_cli.commands.inspect import InspectReport
     from retex_cli.commands.merge_report import MergeReport
+    from retex_cli.commands.predictor import Predictor
     from retex_cli.commands.recover import RecoverReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GateMissed",
+    "Predictor",
     "RetexError",
     "UsageError",
     "__version__",
@@ -44,6 +48,15 @@ __all__ = [
     "merge",
     "recover",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The classes, which need torch and are therefore imported when they are first asked for."""
+    if name == "Predictor":
+        from retex_cli.commands import predictor
+
+        return predictor.Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def init(
@@ -91,9 +104,9 @@ def merge(
 
     ``options`` are the method's for every parameter, ``overrides`` those for parameters whose names match a glob.
     ``max_shard_size`` and ``max_memory`` are in bytes; ``dtype`` None keeps the base's. ``inputs`` and ``validation``
-    (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="measure"`` asks for them; ``model``
-    is "package.module:function" for networks that transformers does not build. With
-    ``config``, a mergekit file, that says what is merged and how: ``base`` and ``experts`` are empty then.
+    (task name to file) are read where the method, ``alpha="auto"`` or ``batchnorm="reestimate"`` asks for them;
+    ``model`` is "package.module:function" for networks that transformers does not build. ``config`` is a mergekit file
+    that says what is merged and how: ``base`` and ``experts`` are empty then.
     """
     from retex_cli.commands import merge as command
 

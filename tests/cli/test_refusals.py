@@ -171,7 +171,7 @@ def test_an_unknown_task(made: Path, refused) -> None:
 
 
 def test_shares_that_do_not_sum_to_one(made: Path, refused) -> None:
-    refused("recover", "--mix", "cars=0.7,dtd=0.7", words=("--mix", "1.4"), code=2)
+    refused("recover", "--mix", "cars=0.7,dtd=0.7", words=("the mix", "1.4"), code=2)
 
 
 def test_inputs_that_are_empty_or_cannot_be_read(workspace: Path, refused, retex) -> None:

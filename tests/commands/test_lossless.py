@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 import retex_cli
 from retex_cli.commands.offsets_file import OffsetsFile
@@ -194,3 +195,21 @@ def test_without_base_and_experts(exact: Path, retex: Retex) -> None:
     file = OffsetsFile(FILE, open_checkpoint("merged"))
     assert file.is_exact({"cars": 1.0}, "cars")
     assert not file.is_exact({"dtd": 1.0}, "dtd")
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_a_switched_model_has_the_very_bits(exact: Path, device: str) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained("experts/cars").to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    predictor = retex_cli.Predictor.load("merged", FILE, device=device)
+    expert = load_file("experts/cars/model.safetensors")
+    for _ in range(2):
+        predictor.apply_(model, "cars")
+        own = model.state_dict()
+        assert all(torch.equal(own[name].cpu(), value) for name, value in expert.items())
+        predictor.apply_(model, {"cars": 0.5, "dtd": 0.5}, head="cars")
+        assert not torch.equal(model.state_dict()["bert.pooler.dense.weight"].cpu(), expert["bert.pooler.dense.weight"])
+    predictor.apply_(model, "cars", head=False)
+    assert torch.equal(model.state_dict()["bert.pooler.dense.weight"].cpu(), expert["bert.pooler.dense.weight"])

@@ -84,6 +84,17 @@ def test_a_scale_is_chosen_by_agreement_and_recorded(workspace: Path, retex: Ret
         assert torch.equal(tensor, chosen[name]), name
 
 
+def test_larger_scales_are_tried_while_they_are_better(workspace: Path, retex: Retex) -> None:
+    """A tenth of each task vector is weighed in: the best scale is ten times what it was."""
+    line = ("merge", "--method", "task_arithmetic", "--alpha", "auto", "--weight", "0.1", "-o", "m.safetensors")
+    result = retex(*line, "--json")
+    assert result.code == 0, result.err
+    scale = result.json["scale"]
+    assert isinstance(scale, dict)
+    assert scale["alpha"] > 2, scale
+    assert max(map(float, scale["tried"])) > scale["alpha"], "a larger one was no better"
+
+
 def test_a_scale_is_chosen_on_labelled_data_where_asked(workspace: Path, retex: Retex) -> None:
     flags = [f"--validation={task}=data/{task}-test.jsonl" for task in ("cars", "dtd")]  # any labelled rows do here
     result = retex("merge", "--method", "ties", "--alpha", "validation", *flags, "-o", "m.safetensors", "--json")
@@ -100,7 +111,7 @@ def test_a_scale_is_chosen_on_labelled_data_where_asked(workspace: Path, retex: 
         (["--set", "*.bias:alpha=auto"], 2, "for '*.bias' alone cannot be chosen"),
         (["--alpha", "auto", "--set", "lines=1"], 2, "both set the same scale"),
         (["--alpha", "autos"], 2, "option 'alpha' of method 'task_arithmetic' is 'autos'"),
-        (["--batchnorm", "measure"], 2, "the base has no running statistics"),
+        (["--batchnorm", "reestimate"], 2, "the base has no running statistics"),
         (["--batchnorm", "some"], 2, "unknown --batchnorm 'some'"),
         (["--alpha", "auto", "--inputs", "cars=few.jsonl"], 1, "few.jsonl: 3 inputs for task 'cars'"),
     ],
@@ -166,7 +177,9 @@ def test_batchnorm_is_averaged_or_measured(vision: Path, retex: Retex) -> None:
     assert result.code == 0, result.err
     average = load_file("average.safetensors")
     torch.testing.assert_close(average["norm.running_mean"], torch.full((6,), 1.5))
-    result = retex("merge", "--batchnorm", "measure", "-o", "m.safetensors", "--batch-size", "48", "--allow-unrelated")
+    result = retex(
+        "merge", "--batchnorm", "reestimate", "-o", "m.safetensors", "--batch-size", "48", "--allow-unrelated"
+    )
     assert result.code == 0, result.err
     merged = load_file("m.safetensors")
     pixels = torch.cat([load_file(f"{task}.safetensors")["pixels"] for task in ("dark", "light")])
@@ -175,7 +188,19 @@ def test_batchnorm_is_averaged_or_measured(vision: Path, retex: Retex) -> None:
     torch.testing.assert_close(merged["norm.running_var"], hidden.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     for name in ("stem.weight", "norm.weight", "norm.num_batches_tracked"):
         assert torch.equal(merged[name], average[name]), name
-    assert _recipe("m.safetensors")["batchnorm"] == "measured on the tasks' inputs"
+    assert _recipe("m.safetensors")["batchnorm"] == "re-estimated on the tasks' inputs"
+
+
+def test_a_scale_is_chosen_with_the_statistics_that_will_be_written(vision: Path, retex: Retex) -> None:
+    """Averaged statistics are wrong for these inputs: the scores of the same scales differ."""
+    line = ("merge", "--method", "task_arithmetic", "--alpha", "auto", "--allow-unrelated", "--json")
+    averaged = retex(*line, "-o", "average.safetensors").json["scale"]
+    chosen = retex(*line, "--batchnorm", "reestimate", "-o", "m.safetensors").json["scale"]
+    assert averaged["tried"] != chosen["tried"]  # type: ignore[index]
+    pixels = torch.cat([load_file(f"{task}.safetensors")["pixels"][:18] for task in ("dark", "light")])
+    hidden = nn.functional.conv2d(pixels, load_file("m.safetensors")["stem.weight"], padding=1)
+    found = load_file("m.safetensors")["norm.running_mean"]
+    torch.testing.assert_close(found, hidden.mean((0, 2, 3)), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "esm"])

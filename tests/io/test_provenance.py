@@ -4,29 +4,19 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
-from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.provenance import (
     TensorDigest,
     checkpoint_digests,
     checkpoint_fingerprint,
     fingerprint,
-    sha256_file,
     tensor_digest,
 )
 
 W = {"a": torch.randn(3000, 500), "b": torch.ones(3).bfloat16(), "s": torch.tensor(1), "e": torch.empty(0)}
-
-
-def test_a_file_s_hash_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc" * 1_000_000)
-    assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
-    with pytest.raises(RetexError, match="nothing: cannot be read"):
-        sha256_file(tmp_path / "nothing")
 
 
 def test_a_tensor_s_hash_is_that_of_its_bytes_in_any_chunking() -> None:

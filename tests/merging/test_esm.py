@@ -63,6 +63,18 @@ def reference_layer(taus: dict[str, Tensor], inputs: dict[str, Tensor], vision: 
     return (2 if vision else 1) * polar_times_mean(left) @ polar_times_mean(right)
 
 
+def reference_joined(taus: list[Tensor]) -> Tensor:
+    """TSV-M as the RoBERTa code has it: polar factors times their mean singular values."""
+    k = min(taus[0].shape) // len(taus)
+    left, values, right = zip(*(torch.linalg.svd(tau, full_matrices=False) for tau in taus), strict=True)
+    stacked = torch.cat([v[:k] for v in right])
+    return (
+        polar_times_mean(torch.cat([u[:, :k] for u in left], 1))
+        * torch.cat([s[:k] for s in values])
+        @ (polar_times_mean(stacked))
+    )
+
+
 Models = dict[str, dict[str, Tensor]]
 
 
@@ -73,6 +85,8 @@ def reference(base: dict[str, Tensor], experts: Models, inputs: Models, vision: 
         taus = {task: (experts[task][name] - base[name]).double() for task in TASKS}
         if name in TARGETS:
             deltas[name] = reference_layer(taus, {t: inputs[t][name] for t in TASKS}, vision)
+        elif not vision and name.endswith("weight"):
+            deltas[name] = reference_joined(list(taus.values()))
         elif name.startswith("layer.") and name.endswith("weight"):
             merged = merge_tensors("tsv_m", {name: base[name]}, {t: {name: experts[t][name]} for t in TASKS})
             deltas[name] = (merged[name] - base[name]).double()

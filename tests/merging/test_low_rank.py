@@ -69,6 +69,14 @@ def test_factors_give_the_merge_of_whole_task_vectors(
     assert dense.norm() > 0
 
 
+def test_esm_without_statistics_takes_factors_as_well() -> None:
+    base, experts = torch.zeros(60, 40), adapters((60, 40), (2, 14, 3))
+    taus = {t: {"w": b @ a} for t, (b, a) in experts.items()}
+    dense = merge_tensors("esm", {"w": base}, taus, {"variant": "roberta"})["w"]
+    found = merge("esm", base, experts, variant="roberta")
+    assert 0 < (found - dense).norm() < 1e-5 * dense.norm() < dense.norm() < merge("tsv_m", base, experts).norm()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_is_added_and_rows_beyond_it_are_the_task_s(method: str) -> None:
     experts = adapters((50, 40), (3, 3))

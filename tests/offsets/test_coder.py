@@ -33,6 +33,12 @@ def test_wide_ranges_need_no_wide_table() -> None:
     assert len(encode([symbols])) < 200 * 2 + 150
 
 
+def test_values_beyond_32_bits_come_back() -> None:
+    values = np.array([2**40 + 3, 2**40, 2**40 + 900], dtype=np.int64)
+    assert decode(encode([values, -values]), max_symbols=10)[0].tolist() == values.tolist()
+    assert decode(encode([values, -values]), max_symbols=10)[1].tolist() == (-values).tolist()
+
+
 def test_constant_sequences_cost_next_to_nothing() -> None:
     assert len(encode([np.full(10_000, -7)])) < 12
 

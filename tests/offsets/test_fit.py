@@ -120,5 +120,11 @@ def test_the_predictor_is_linear_in_the_task_embedding(deltas: dict[str, torch.T
     assert mixed is not None
     assert not torch.allclose(x, y)
     torch.testing.assert_close(mixed, 0.25 * x + 0.75 * y)
+    given = torch.empty(shape)
+    assert predictor.delta("a.weight", shape, {"x": 0.25, "y": 0.75}, CPU, given) is given
+    assert torch.equal(given, mixed)
+    bias = predictor.delta("b.bias", (48,), {"x": 0.5, "y": 0.5}, CPU)
+    assert bias is not None
+    assert torch.equal(predictor.delta("b.bias", (48,), {"x": 0.5, "y": 0.5}, CPU), bias), "what is kept stays as it is"
     assert predictor.delta("e.empty", (0, 4), {"x": 1.0}, CPU) is None
     assert predictor.tasks == ("x", "y")

@@ -68,7 +68,7 @@ def merge(
     batchnorm: Annotated[
         str | None,
         typer.Option(
-            "--batchnorm", metavar="average|measure", help="Running statistics: the experts' mean, or from inputs."
+            "--batchnorm", metavar="average|reestimate", help="Running statistics: the experts' mean, or from inputs."
         ),
     ] = None,
     model: shared.Model = None,

@@ -13,8 +13,9 @@ from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.artefact import check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
+from retex_cli.io.digests import sha256_file
 from retex_cli.io.inputs import Example, read_rows
-from retex_cli.io.provenance import checkpoint_fingerprint, sha256_file
+from retex_cli.io.provenance import checkpoint_fingerprint
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import one_thread_each, thread_count
 from retex_cli.progress import Progress

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,22 +17,13 @@ import torch
 from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.merge_config import from_mergekit
 from retex_cli.commands.merge_inputs import AVERAGE, InputsConfig, InputsPlan, Prepared, plan_inputs, prepare
-from retex_cli.commands.merge_plan import (
-    Origin,
-    Recipe,
-    Stored,
-    account_for,
-    check_accounts,
-    config_with_dtype,
-    left_out,
-    placeholder,
-)
+from retex_cli.commands.merge_plan import Stored, account_for, check_accounts, left_out
+from retex_cli.commands.merge_recipe import Hashing, Origin, Recipe, config_with_dtype, placeholder
 from retex_cli.commands.merge_report import MergeReport, model_card
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.dtypes import parse_dtype
-from retex_cli.io.provenance import sha256_file
 from retex_cli.io.writer import Output, TensorSpec, Writer, open_output
 from retex_cli.merging import budget, related
 from retex_cli.merging.engine import Copy, Merge, stream
@@ -155,7 +145,7 @@ def run(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
             stack.callback(checkpoint.close)
             checkpoint.fetch(progress)
         ratios = _check_related(plan)
-        hashing = _Hashing(plan)
+        hashing = Hashing(_files(plan), plan.config.threads)
         stack.callback(hashing.close)
         prepared = _prepare(plan, stack, progress)
         recipe = _recipe(plan, prepared, hashing.all() if plan.output.kind == "stdout" else None)
@@ -302,32 +292,14 @@ def _stream(plan: MergePlan, prepared: Prepared, writer: Writer, progress: Progr
     )
 
 
-class _Hashing:
-    """SHA-256 of every input file: beside the merge on whatever is idle, or after it if threads are counted."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        self._files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
-        threads = plan.config.threads or budget.default_threads()
-        self._pool = ThreadPoolExecutor(min(len(self._files), threads), "sha256")
-        self._pending = {} if plan.config.threads else self._begin()
-
-    def _begin(self) -> dict[Path, Future[str]]:
-        return {path: self._pool.submit(sha256_file, path) for path in self._files}
-
-    def all(self) -> dict[Path, str]:
-        """File -> hexadecimal digest, once all are known."""
-        self._pending = self._pending or self._begin()
-        return {path: future.result() for path, future in self._pending.items()}
-
-    def close(self) -> None:
-        """Forget what has not begun."""
-        self._pool.shutdown(cancel_futures=True)
+def _files(plan: MergePlan) -> list[Path]:
+    """The weight files of all inputs, each once."""
+    return list(dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files))
 
 
 def _recipe(plan: MergePlan, prepared: Prepared, hashes: Mapping[Path, str] | None) -> Recipe:
     """How the output is made; digests that are not known yet are placeholders of equal length."""
-    files = dict.fromkeys(path for c in (plan.base, *plan.experts.values()) for path in c.files)
-    known = hashes or {path: placeholder(index) for index, path in enumerate(files)}
+    known = hashes or {path: placeholder(index) for index, path in enumerate(_files(plan))}
     config = plan.config
     return Recipe(
         method=plan.method,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retex_cli.commands.merge_plan import Origin
+from retex_cli.commands.merge_recipe import Origin
 from retex_cli.commands.mergekit_rules import OTHERS, PARAMETERS, RULES, Rule
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert

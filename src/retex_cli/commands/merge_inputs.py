@@ -22,8 +22,8 @@ from retex_cli.merging.table import AUTO, VALIDATION, Method
 from retex_cli.models.batchnorm import measure_batchnorm
 from retex_cli.progress import Progress
 
-AVERAGE, MEASURE = "average", "measure"
-BATCHNORM = (AVERAGE, MEASURE)
+AVERAGE, REESTIMATE = "average", "reestimate"
+BATCHNORM = (AVERAGE, REESTIMATE)
 """Ways to come by the running statistics of a merged BatchNorm."""
 
 USUAL_SAMPLES = 256
@@ -69,10 +69,10 @@ def plan_inputs(
     if config.batchnorm not in BATCHNORM:
         raise UsageError(f"unknown --batchnorm {config.batchnorm!r}", f"it can be {' or '.join(BATCHNORM)}")
     scale = wanted_scale(method, options, overrides)
-    if config.batchnorm == MEASURE and not any(map(is_running_statistic, names)):
-        raise UsageError("--batchnorm measure: the base has no running statistics", "leave it out")
+    if config.batchnorm == REESTIMATE and not any(map(is_running_statistic, names)):
+        raise UsageError("--batchnorm reestimate: the base has no running statistics", "leave it out")
     data: dict[str, TaskInputs] = {}
-    unlabelled = method.needs_inputs or scale == AUTO or config.batchnorm == MEASURE
+    unlabelled = method.needs_inputs or scale == AUTO or config.batchnorm == REESTIMATE
     for task in tasks:
         samples = config.samples or method.samples or USUAL_SAMPLES
         given = TaskInputs((), (), ())
@@ -114,47 +114,58 @@ def prepare(
             batch_size=config.batch_size, threads=threads, progress=progress,
         )  # fmt: skip
         found["measured_inputs"] = {task: len(given.measured) for task, given in plan.data.items()}
+    adjust = _Reestimated(plan, models, progress) if config.batchnorm == REESTIMATE else _as_merged
     if plan.scale:
         scale = choose_scale(
-            plan.scale, plan.method, steps, models, plan.data,
+            plan.scale, plan.method, steps, models, plan.data, adjust,
             batch_size=config.batch_size, threads=threads, budget=budget(steps), progress=progress,
         )  # fmt: skip
         progress.note(f"{plan.method.name}: {scale.sentence()}")
         found["scale"] = scale.to_json()
         steps = at_scale(steps, scale.alpha)
-    if config.batchnorm == MEASURE:
-        found["batchnorm"] = "measured on the tasks' inputs"
-        merged = merge_steps(plan.method, steps, threads=threads, budget=budget(steps))
-        steps = _with_batchnorm(plan, steps, models, merged, progress)
+    if config.batchnorm == REESTIMATE:
+        found["batchnorm"] = "re-estimated on the tasks' inputs"
+        adjusted = adjust(merge_steps(plan.method, steps, threads=threads, budget=budget(steps)))
+        steps = [_with_statistic(step, adjusted) for step in steps]
     return Prepared(steps, found)
 
 
-def _with_batchnorm(
-    plan: InputsPlan,
-    steps: Sequence[Merge | Copy],
-    models: ExpertModels,
-    merged: Mapping[str, Tensor],
-    progress: Progress,
-) -> list[Merge | Copy]:
-    """The steps, running statistics replaced by those of the merged network on inputs of all tasks, mixed."""
-    task = next(iter(models.experts))
-    theirs = models.alignments[task].shared
-    with models.network(task) as network:
-        models.load_merged(network, task, merged)
-        batches = [network.inputs(batch) for batch in _mixed(plan.data, plan.config.batch_size)]
-        measured = measure_batchnorm(network, batches, progress)
-    changed: list[Merge | Copy] = []
-    for step in steps:
-        if not isinstance(step, Merge) or not is_running_statistic(step.view.name):
-            changed.append(step)
-            continue
-        name = step.view.name
-        if theirs.get(name) not in measured:
+def _as_merged(merged: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    del merged
+    return {}
+
+
+def _with_statistic(step: Merge | Copy, adjusted: Mapping[str, Tensor]) -> Merge | Copy:
+    """A running statistic becomes a copy of what was re-estimated."""
+    if isinstance(step, Copy) or not is_running_statistic(step.view.name):
+        return step
+    name = step.view.name
+    return Copy(Held(f"re-estimated {name!r}", adjusted[name]), step.view.numel, step.dtype)
+
+
+@dataclass(frozen=True)
+class _Reestimated:
+    """The running statistics of merged weights' network on inputs of all tasks, mixed, by the base's names."""
+
+    plan: InputsPlan
+    models: ExpertModels
+    progress: Progress
+
+    def __call__(self, merged: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        task = next(iter(self.models.experts))
+        theirs = self.models.alignments[task].shared
+        with self.models.network(task) as network:
+            self.models.load_merged(network, task, merged)
+            batches = [network.inputs(batch) for batch in _mixed(self.plan.data, self.plan.config.batch_size)]
+            measured = measure_batchnorm(network, batches, self.progress)
+        names = [name for name in merged if is_running_statistic(name)]
+        strange = [name for name in names if theirs.get(name) not in measured]
+        if strange:
             raise RetexError(
-                f"tensor {name!r} is no running statistic of {type(network.module).__name__}", "use --batchnorm average"
+                f"tensor {strange[0]!r} is no running statistic of {type(network.module).__name__}",
+                "use --batchnorm average",
             )
-        changed.append(Copy(Held(f"measured {name!r}", measured[theirs[name]]), step.view.numel, step.dtype))
-    return changed
+        return {name: measured[theirs[name]] for name in names}
 
 
 def _mixed(data: Mapping[str, TaskInputs], size: int) -> Iterator[list[Example]]:

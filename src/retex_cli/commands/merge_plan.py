@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import retex_cli
 from retex_cli.errors import RetexError
 from retex_cli.io.align import Alignment
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.merging.engine import Copy, Merge
-from retex_cli.merging.table import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +34,6 @@ class Stored:
         """What a LoRA adapter adds to the base, as ``left [d_out, r] @ right [r, rest]``; None for ordinary tensors."""
         found = self.checkpoint.low_rank(self.name)
         return None if found is None else (found[0] * found[2], found[1])
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The configuration of another tool that a merge was read from; ``notes`` are lines a person should read."""
-
-    path: str
-    sha256: str
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """``{"path", "sha256", "notes"}``."""
-        return {"path": self.path, "sha256": self.sha256, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -137,72 +119,3 @@ def _expert_account(expert: Checkpoint, alignment: Alignment) -> ExpertAccount:
         lacks=alignment.kept,
         prefix=alignment.prefix,
     )
-
-
-def placeholder(index: int) -> str:
-    """A unique text as long as a SHA-256 in hexadecimal, to be replaced by one."""
-    return f"pending-{index:056d}"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the output is made, in full: what somebody needs to make it again."""
-
-    method: Method
-    options: Mapping[str, object]
-    overrides: Mapping[str, Mapping[str, object]]
-    origin: Origin | None
-    seed: int
-    dtype: str | None
-    allowed: Mapping[str, object]
-    found: Mapping[str, object]
-    base: Checkpoint
-    experts: Mapping[str, Checkpoint]
-    hashes: Mapping[Path, str]
-
-    def to_json(self) -> dict[str, object]:
-        """``{"command", "retex", "method", "paper", "options", "overrides", "seed", "dtype", "base", "experts"}``, what
-        was let through and what was measured on inputs; each input as ``{"reference", "revision", "files": {file name:
-        SHA-256}}``. ``"config"`` is there if the merge was read from another tool's: ``{"path", "sha256", "notes"}``.
-        """
-        return {
-            "command": "merge",
-            "retex": retex_cli.__version__,
-            "method": self.method.name,
-            "paper": self.method.link,
-            "options": dict(self.options),
-            "overrides": {glob: dict(options) for glob, options in self.overrides.items()},
-            "seed": self.seed,
-            "dtype": self.dtype,
-            **self.allowed,
-            **self.found,
-            **({"config": self.origin.to_json()} if self.origin else {}),
-            "base": self._input(self.base),
-            "experts": {task: self._input(expert) for task, expert in self.experts.items()},
-        }
-
-    def _input(self, checkpoint: Checkpoint) -> dict[str, object]:
-        return {
-            "reference": checkpoint.reference,
-            "revision": checkpoint.revision,
-            "files": {path.name: self.hashes[path] for path in checkpoint.files},
-        }
-
-    def metadata(self) -> dict[str, str]:
-        """Header of the merged checkpoint's files."""
-        return {
-            "format": "pt",
-            "retex.format": "retex.merged",
-            "retex.format_version": "1",
-            "retex.version": retex_cli.__version__,
-            "retex.recipe": json.dumps(self.to_json(), ensure_ascii=False),
-        }
-
-
-def config_with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> bytes:
-    """``config.json`` that names the type in which the weights are written."""
-    name = str(dtype).removeprefix("torch.")
-    given = {key: name if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
-    if not {"torch_dtype", "dtype"} & set(given):
-        given["dtype"] = name
-    return (json.dumps(given, indent=2, ensure_ascii=False) + "\n").encode()

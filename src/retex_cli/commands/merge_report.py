@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import retex_cli
-from retex_cli.commands.merge_plan import Accounts, ExpertAccount, Origin, Recipe
+from retex_cli.commands.merge_plan import Accounts, ExpertAccount
+from retex_cli.commands.merge_recipe import Origin, Recipe
 from retex_cli.commands.report import Json, Table
 from retex_cli.merging.table import Method
 

@@ -5,8 +5,8 @@ Every method that takes ``alpha`` is affine in it, so two merges, at 0 and at 1,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from retex_cli.progress import Progress, Silent
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Scales that are tried first; then the two half way to the neighbours of the best."""
+
+BEYOND, LARGEST = 1.5, 20.0
+"""Where the largest scale is the best so far, one larger by this factor is tried, up to there: methods with a flat
+spectrum (Iso-C) make task vectors that are far shorter than the sum of the experts'."""
+
+Adjust = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""What of merged weights is replaced before they are used: BatchNorm's statistics, or nothing."""
 
 Score = tuple[float, float]
 """Share of right (or agreeing) answers, and mean log-likelihood of those answers, which breaks ties."""
@@ -81,9 +88,11 @@ class _Search:
     inputs: Mapping[str, TaskInputs]
     zero: Mapping[str, Tensor]
     one: Mapping[str, Tensor]
+    adjust: Adjust
     batch_size: int
     threads: int
     progress: Progress
+    adjusted: dict[float, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def scores(self, alphas: Sequence[float]) -> dict[float, Score]:
         """Mean over tasks, for every alpha. One network is built per task."""
@@ -110,6 +119,9 @@ class _Search:
         found = []
         for alpha in alphas:
             merged = {n: torch.lerp(zero, self.one[n], alpha) for n, zero in self.zero.items()}
+            if alpha not in self.adjusted:  # every task's network gets the same
+                self.adjusted[alpha] = self.adjust(merged)
+            merged |= self.adjusted[alpha]
             self.models.load_merged(network, task, merged)
             logits = classify(network, rows, self.batch_size, self.threads, Silent())
             share = (logits.argmax(1) == target).float().mean().item() / best
@@ -130,6 +142,7 @@ def choose_scale(
     steps: Sequence[Merge | Copy],
     models: ExpertModels,
     inputs: Mapping[str, TaskInputs],
+    adjust: Adjust,
     *,
     batch_size: int,
     threads: int,
@@ -142,12 +155,14 @@ def choose_scale(
     progress.advance()
     one = merge_steps(method, at_scale(steps, 1.0), threads=threads, budget=budget)
     progress.advance()
-    search = _Search(word, models, inputs, zero, one, batch_size, threads, progress)
+    search = _Search(word, models, inputs, zero, one, adjust, batch_size, threads, progress)
     progress.start("choosing alpha", (len(GRID) + 2) * len(models.experts))
     scores = search.scores(GRID)
-    place = GRID.index(_best(scores))
-    neighbours = [GRID[k] for k in (place - 1, place + 1) if 0 <= k < len(GRID)] + ([0.0] if place == 0 else [])
-    scores |= search.scores([round((GRID[place] + other) / 2, 4) for other in neighbours])
+    while _best(scores) == max(scores) < LARGEST:
+        scores |= search.scores([round(max(scores) * BEYOND, 4)])
+    tried = [0.0, *sorted(scores)]
+    place = tried.index(_best(scores))
+    scores |= search.scores([round((tried[place] + other) / 2, 4) for other in tried[place - 1 : place + 2 : 2]])
     sizes = {len(given.held_out if word == AUTO else given.validation) for given in inputs.values()}
     count = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else str(max(sizes))
     by = (

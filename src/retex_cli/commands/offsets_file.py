@@ -31,7 +31,7 @@ from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.predict import Embedding, Predictor
-from retex_cli.offsets.stream import Shape, decode
+from retex_cli.offsets.stream import Factors, Shape, decode
 
 FORMAT = "retex.offsets"
 PLAIN, LOSSLESS = 1, 2
@@ -186,22 +186,29 @@ class OffsetsFile:
         return task_record(self.path, self.tasks, name)
 
     def predictor(self, tasks: Iterable[str]) -> Predictor:
-        """Decoded offsets of these tasks. RetexError names a task whose bytes are damaged; the others still decode."""
-        layout = layout_of(self.merged)
-        factors = {}
-        for task in tasks:
-            record = self.task(task)
-            data = self.file.read(f"offsets/{task}").numpy().tobytes()
-            try:
-                if hashlib.sha256(data).hexdigest() != record.checksum:
-                    raise CorruptOffsets("its SHA-256 is not the one in the header")
-                factors[task] = decode(data, layout)
-            except CorruptOffsets as error:
-                raise RetexError(
-                    f"{self.path}: the offsets of task {task!r} are damaged: {error}",
-                    "other tasks can still be recovered; get the file again for this one",
-                ) from error
-        return Predictor(factors)
+        """Decoded offsets of these tasks; see ``factors``."""
+        return Predictor({task: self.factors(task) for task in tasks})
+
+    def factors(self, task: str) -> dict[str, Factors]:
+        """Decoded offsets of one task by merged name. RetexError where its bytes are damaged; others still decode."""
+        record = self.task(task)
+        data = self.file.read(f"offsets/{task}").numpy().tobytes()
+        try:
+            if hashlib.sha256(data).hexdigest() != record.checksum:
+                raise CorruptOffsets("its SHA-256 is not the one in the header")
+            return decode(data, layout_of(self.merged))
+        except CorruptOffsets as error:
+            raise RetexError(
+                f"{self.path}: the offsets of task {task!r} are damaged: {error}",
+                "other tasks can still be recovered; get the file again for this one",
+            ) from error
+
+    def rows(self, task: str, merged_name: str) -> int:
+        """How many rows the expert of ``task`` has beyond the merged tensor's; 0 for most."""
+        record = self.task(task)
+        if merged_name not in record.rows:
+            return 0
+        return self.file.tensors[f"rows/{task}/{record.expert_name(merged_name)}"].shape[0]
 
     def parts(self, head: str) -> list[Part]:
         """The tensors of an expert with the head of task ``head``, by name."""
@@ -213,7 +220,7 @@ class OffsetsFile:
             expert_name = record.expert_name(name)
             shape = info.shape
             if name in record.rows:
-                shape = (shape[0] + self.file.tensors[f"rows/{head}/{expert_name}"].shape[0], *shape[1:])
+                shape = (shape[0] + self.rows(head, name), *shape[1:])
             parts.append(Part(TensorSpec(expert_name, record.expert_dtype(expert_name), shape), name))
         start = f"tensors/{head}/"
         for name, info in self.file.tensors.items():
@@ -233,27 +240,35 @@ class OffsetsFile:
         embedding: Embedding,
         head: str,
         device: torch.device,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """The data of one part, on the CPU; ``merged`` is the merged tensor it is made from. Sums are in float32.
+        """The data of one part; ``merged`` is the merged tensor it is made from.
 
-        Where ``is_exact`` it is the expert's tensor in the expert's own type, and RetexError if it would not be.
+        Where ``is_exact`` it is the expert's tensor in the expert's own type, on the CPU, and RetexError if it would
+        not be. Otherwise sums are in float32, on ``device``; what has no offset stays on the device where it is.
+        ``out``, contiguous float32 of the merged tensor's shape on ``device``, is memory to do sums in; what is
+        returned may be that.
         """
         spec = part.spec
         if part.merged is None or merged is None:
             return self.file.read(f"tensors/{head}/{spec.name}")
         name = part.merged
         if self.is_exact(embedding, head) and merged.is_floating_point():
-            record, factors = self.task(head), predictor.factors(head, name)
-            dtype = record.expert_dtype(spec.name)
-            value = restore(self.file, self.path, head, spec.name, prediction(name, merged, factors, dtype), dtype)
-            value = value.reshape(merged.shape)
+            value = self._restored(spec.name, name, merged, predictor, head)
         else:
-            delta = predictor.delta(name, tuple(merged.shape), embedding, device)
-            value = merged if delta is None else from_domain(name, to_domain(name, merged.to(device)) + delta).cpu()
+            delta = predictor.delta(name, tuple(merged.shape), embedding, device, out)
+            # into the offset's own memory: a third tensor of this size would cost more than the sum
+            value = merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))
             value = value.to(spec.dtype)
         if merged.shape != spec.shape:
-            value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}")])
+            value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}").to(value.device)])
         return value
+
+    def _restored(self, expert_name: str, name: str, merged: Tensor, predictor: Predictor, task: str) -> Tensor:
+        """An exact tensor of a lossless task; integers and their order are the CPU's, wherever the weights are kept."""
+        dtype, factors = self.task(task).expert_dtype(expert_name), predictor.factors(task, name)
+        predicted = prediction(name, merged.cpu(), None if factors is None else factors.to(torch.device("cpu")), dtype)
+        return restore(self.file, self.path, task, expert_name, predicted, dtype).reshape(merged.shape)
 
     def side_files(self, task: str) -> dict[str, bytes]:
         """Config, tokenizer and other files of a task's expert. RetexError names one that is nowhere to be found."""

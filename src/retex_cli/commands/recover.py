@@ -129,7 +129,7 @@ def plan(config: RecoverConfig) -> RecoverPlan:
     head = ""
     if config.mix:
         embedding = dict(sorted(config.mix.items()))
-        head = config.head or max(embedding, key=lambda task: (embedding[task], task))
+        head = head_of(embedding, config.head)
     elif config.task and config.task != AUTO:
         embedding, head = {config.task: 1.0}, config.head or config.task
     for task in (*embedding, *([config.head] if config.head else [])):
@@ -157,11 +157,19 @@ def _check_request(config: RecoverConfig) -> None:
     if config.soft and not auto:
         raise UsageError("--soft mixes identified experts", "give --input FILE with it")
     if config.mix:
-        total = math.fsum(config.mix.values())
-        if not math.isclose(total, 1, abs_tol=1e-6) or any(weight < 0 for weight in config.mix.values()):
-            raise UsageError(
-                f"the weights of --mix sum to {total:g}, not 1, or one is negative", "e.g. --mix cars=0.7,dtd=0.3"
-            )
+        check_shares(config.mix)
+
+
+def check_shares(mix: Mapping[str, float]) -> None:
+    """UsageError unless the shares of a mix sum to one and none is negative."""
+    total = math.fsum(mix.values())
+    if not math.isclose(total, 1, abs_tol=1e-6) or any(weight < 0 for weight in mix.values()):
+        raise UsageError(f"the shares of the mix sum to {total:g}, not 1, or one is negative", "e.g. cars=0.7,dtd=0.3")
+
+
+def head_of(embedding: Mapping[str, float], head: str | None) -> str:
+    """The task whose task tensors a mix gets: the named one, or the one with the largest share."""
+    return head or max(embedding, key=lambda task: (embedding[task], task))
 
 
 def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
@@ -212,7 +220,7 @@ def _stream(
         digest = b"" if merged is None else tensor_digest(merged)
         value = file.make(part, merged, predictor, plan.embedding, plan.head, device)
         made = (value.dtype, tuple(value.shape), tensor_digest(value) if exact else b"")
-        return digest, made, value.to(part.spec.dtype).reshape(-1)
+        return digest, made, value.to("cpu", part.spec.dtype).reshape(-1)
 
     digests, result = {}, {}
     for part, (digest, made, value) in zip(parts, ordered_map(make, parts, threads), strict=True):

@@ -15,7 +15,8 @@ from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming
 from retex_cli.errors import RetexError
 from retex_cli.io.align import Alignment, align
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
-from retex_cli.io.provenance import fingerprint, sha256_file, tensor_digest
+from retex_cli.io.digests import sha256_file
+from retex_cli.io.provenance import fingerprint, tensor_digest
 from retex_cli.offsets import lossless
 from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared

@@ -1,4 +1,4 @@
-"""What proves which bytes went in: SHA-256 of files, of tensors, and of whole models however they are stored."""
+"""What proves which bytes went in: SHA-256 of tensors, and of whole models however they are stored."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.dtypes import CODES, type_name
 from retex_cli.io.tensors import byte_view
@@ -18,15 +16,6 @@ from retex_cli.io.tensors import byte_view
 TensorHash = tuple[torch.dtype, tuple[int, ...], bytes]
 
 _CHUNK_BYTES = 1 << 22
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes; other threads run meanwhile. RetexError if it cannot be read."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RetexError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class TensorDigest:

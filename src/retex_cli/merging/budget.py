@@ -18,7 +18,7 @@ DEFAULT = 3 << 25
 """Bytes for first passes where nobody says (100 MB); more where a method needs more."""
 GROUP_ELEMENTS = 1 << 19
 """Elements of output that a worker makes in one go."""
-WAITING = 4
+WAITING = 8
 """Finished pieces per worker that may wait for their turn to be written."""
 COPIES = {"element": 7, "rows": 3, "tensor": 3}
 """What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most)."""

@@ -112,6 +112,11 @@ def inverse_root(gram: Tensor) -> Tensor:
     return (vectors / values) @ vectors.T
 
 
+def mean_value(gram: Tensor) -> Tensor:
+    """The mean of all singular values of a matrix with Gram matrix ``[n, n]``."""
+    return spectrum(gram)[0].sum() / len(gram)
+
+
 def polar(matrix: Tensor) -> Tensor:
     """The orthogonal polar factor of a float64 ``[n, k]``, k at most n: the nearest with orthonormal columns.
 

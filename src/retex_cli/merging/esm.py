@@ -17,7 +17,7 @@ from retex_cli.merging.depth import block_of, kind_of
 from retex_cli.merging.inputs import read_gram
 from retex_cli.merging.linear import mean_of_task_vectors
 from retex_cli.merging.matrices import added, load_task_vectors, unchanged
-from retex_cli.merging.spectral import tsv_m
+from retex_cli.merging.spectral import joined_vectors
 from retex_cli.merging.view import Kernel, View
 
 EIGENVALUE_POWER, SCALING_POWER = 0.15, 2
@@ -32,8 +32,7 @@ class Switches:
     columns: bool
     layers: bool
     polar: bool
-    factor: float
-    biases: bool
+    vision: bool
 
     @classmethod
     def of(cls, variant: str, **given: str) -> Switches:
@@ -41,7 +40,7 @@ class Switches:
         vision = variant == "vision"
         published = {"eigenvalues": True, "tasks": vision, "columns": vision, "layers": True, "polar": True}
         chosen = {name: published[name] if word == "auto" else word == "on" for name, word in given.items()}
-        return cls(**chosen, factor=2.0 if vision else 1.0, biases=vision)
+        return cls(**chosen, vision=vision)
 
 
 class Kept:
@@ -104,11 +103,12 @@ def esm(view: View, *, variant: str, alpha: float, **given: str) -> Kernel:
 
     arXiv 2602.20208 and 2606.19164. ``view.statistics``: ``X_t^T X_t`` of a layer's inputs in the fine-tuned model;
     such layers are merged in their essential subspaces, other matrices by TSV-M, the rest is averaged. ``alpha`` scales
-    the former only. ``variant`` is the published vision or RoBERTa code.
+    the former only. ``variant`` is the published vision or RoBERTa code; the latter leaves out biases, and its TSV-M
+    multiplies each polar factor by the mean singular value of what it replaces.
     """
     switches = Switches.of(variant, **given)
     if len(view.shape) < 2:
-        biased = view.name.endswith("bias") and not switches.biases
+        biased = view.name.endswith("bias") and not switches.vision
         return unchanged() if biased else mean_of_task_vectors(view)
     if isinstance(view.survey, Kept) and view.name in view.survey:
         return _from(view.survey, view.name)
@@ -126,7 +126,7 @@ def _merged(view: View, switches: Switches) -> Tensor:
     """The merged task vector ``[numel]`` before the scaling between layers: float32."""
     if view.statistics:
         return _essential(view, switches).float().flatten()
-    kernel = tsv_m(view, alpha=1.0)
+    kernel = joined_vectors(view, 1.0, scaled=not switches.vision)
     merged = torch.empty(view.numel, device=view.device)
     length = view.block_length(kernel.unit)
     for start in range(0, view.numel, length):
@@ -158,7 +158,8 @@ def _essential(view: View, switches: Switches) -> Tensor:
         right = right * (lengths / lengths.mean().clamp(min=1e-300)) ** SCALING_POWER
     if switches.polar:
         left, right = scaled_polar(left), scaled_polar(right)
-    return switches.factor * (left @ right)
+    merged = left @ right
+    return 2 * merged if switches.vision else merged
 
 
 def shift_spectrum(tau: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-LARGE = 1 << 21
+LARGE = 1 << 22
 """Bytes from which on freed memory goes back to the system at once."""
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 def give_back_large() -> None:
@@ -34,6 +34,7 @@ def give_back_large() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, LARGE)
+            mallopt(_M_TRIM_THRESHOLD, 4 * LARGE)
 
 
 class _Here(threading.local):

@@ -17,6 +17,7 @@ from retex_cli.merging.decompose import (
     gram_matrix,
     inverse_root,
     leading,
+    mean_value,
     mirror,
     of_full_rank,
     polar,
@@ -35,6 +36,11 @@ def tsv_m(view: View, *, alpha: float) -> Kernel:
     ``U = [U_1 .. U_T]`` and ``V`` are replaced by their polar factors; ``theta = theta_0 + alpha U S V^T``. The paper's
     ``alpha`` without validation is 1. A matrix with fewer than T components is averaged.
     """
+    return joined_vectors(view, alpha, scaled=False)
+
+
+def joined_vectors(view: View, alpha: float, scaled: bool) -> Kernel:
+    """TSV-M; ``scaled``: with each polar factor times the mean singular value of what it replaces."""
 
     def build(matrices: Matrices) -> tuple[Image, Tensor | None] | None:
         share = matrices.columns // len(view.tasks)
@@ -43,19 +49,24 @@ def tsv_m(view: View, *, alpha: float) -> Kernel:
             return None
         values, right = torch.cat([s for s, _ in parts]), torch.cat([v for _, v in parts], 1)
         left = Image(own=tuple(v / s for s, v in parts))  # U_t = tau_t V_t / S_t
-        return left, inverse_root(matrices.gram_of(left)) * values @ polar(right).T
+        gram = matrices.gram_of(left)
+        if scaled:
+            values = values * mean_value(gram) * mean_value(gram_matrix(right))
+        return left, inverse_root(gram) * values @ polar(right).T
 
     if (factors := view.factors()) is not None:
-        return _tsv_of_factors(view, factors, alpha)
+        return _joined_of_factors(view, factors, alpha, scaled)
     return for_matrices(view, alpha, build)
 
 
-def _tsv_of_factors(view: View, factors: Sequence[tuple[Tensor, Tensor]], alpha: float) -> Kernel:
+def _joined_of_factors(view: View, factors: Sequence[tuple[Tensor, Tensor]], alpha: float, scaled: bool) -> Kernel:
     share = min(view.numel // view.row, view.row) // len(view.tasks)
     if not share:
         return mean_of_task_vectors(view, alpha)
     parts = [tuple(part[..., :share] for part in thin_svd(*pair)) for pair in factors]
     left, values, right = (torch.cat(each, dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 1), strict=True))
+    if scaled:
+        values = values * mean_value(gram_matrix(left)) * mean_value(gram_matrix(right))
     return product(view, polar(left) * values, polar(right).T, alpha)
 
 

@@ -13,9 +13,11 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
+Integers = NDArray[np.signedinteger]
 
 MAX_ALPHABET = 64
+_NARROW = 1 << 30
+"""Smallest values under this size leave sums with 30 bits of symbol within int32: half the memory to go through."""
 _TABLE_TOTAL = 4096
 _Categorical = constriction.stream.model.Categorical
 
@@ -63,7 +65,7 @@ def _model(frequencies: Integers) -> object:
 
 
 def encode(sequences: Sequence[Integers]) -> bytes:
-    """Bytes of ``sequences`` (int64, one-dimensional, any length); ``decode`` gives them back in the same order."""
+    """Bytes of ``sequences`` (one-dimensional, any length); ``decode`` gives the values back in the same order."""
     head = bytearray()
     jobs: list[tuple[NDArray[np.int32], object]] = []
     _put_varint(head, len(sequences))
@@ -100,7 +102,7 @@ def _uniform(bits: int) -> object:
 
 
 def decode(data: bytes, *, max_symbols: int) -> list[Integers]:
-    """The sequences that ``encode`` was given.
+    """The sequences that ``encode`` was given, as int32 where the values allow it and int64 elsewhere.
 
     Raises ``CorruptOffsets`` for tables that cannot be, and when more than ``max_symbols`` symbols are announced, so
     that a damaged length cannot ask for all the memory there is.
@@ -136,13 +138,16 @@ def _decode_one(
     coder: constriction.stream.stack.AnsCoder, length: int, low: int, bits: int, frequencies: Integers | None
 ) -> Integers:
     if frequencies is None:
-        return np.zeros(0, dtype=np.int64)
-    high = np.zeros(length, dtype=np.int64)
-    if len(frequencies) > 1:
-        high = coder.decode(_model(frequencies), length).astype(np.int64)
+        return np.zeros(0, dtype=np.int32)
+    values: NDArray[np.int32]
+    values = coder.decode(_model(frequencies), length) if len(frequencies) > 1 else np.zeros(length, dtype=np.int32)
     if bits:
-        high = (high << bits) | coder.decode(_uniform(bits), length).astype(np.int64)
-    return high + low
+        values <<= bits
+        values |= coder.decode(_uniform(bits), length)
+    if abs(low) >= _NARROW:
+        return values.astype(np.int64) + low
+    values += low
+    return values
 
 
 def _checked(value: int, most: int, what: str) -> int:

@@ -31,18 +31,21 @@ class Predictor:
         """The decoded components of one task's offset of tensor ``name``; None if it has none."""
         return self._factors[task].get(name)
 
-    def delta(self, name: str, shape: Shape, embedding: Embedding, device: torch.device) -> Tensor | None:
+    def delta(
+        self, name: str, shape: Shape, embedding: Embedding, device: torch.device, out: Tensor | None = None
+    ) -> Tensor | None:
         """The offset of tensor ``name``, float32 of ``shape`` on ``device``; None where no task has one.
 
-        Tasks are added in sorted order, so the same embedding always gives the same bits.
+        It is put into ``out`` where that is given: contiguous, of this type and shape, and there. Tasks are added in
+        sorted order, so the same embedding always gives the same bits.
         """
         total: Tensor | None = None
         for task in sorted(embedding):
             factors = self._factors[task].get(name)
             if factors is None or embedding[task] == 0:
                 continue
-            part = factors.delta(shape, device)
+            part = factors.delta(shape, device, out if total is None else None)
             if embedding[task] != 1:
-                part = part * embedding[task]
-            total = part if total is None else total + part
+                part.mul_(embedding[task])
+            total = part if total is None else total.add_(part)
         return total

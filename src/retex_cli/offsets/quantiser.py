@@ -104,6 +104,16 @@ def centroid_shifts(x: Tensor, symbols: Tensor, level: int) -> list[int]:
 
 def dequantise(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
     """Decoded entries (float32) of ``symbols`` (integer, any shape)."""
+    if not symbols.numel():
+        return torch.zeros(symbols.shape)
+    low, high = (int(extreme) for extreme in torch.aminmax(symbols))
+    if high - low >= symbols.numel():
+        return _values(symbols, level, shifts)
+    table = _values(torch.arange(low, high + 1), level, shifts)  # a look-up for each of many entries is all it takes
+    return table.index_select(0, (symbols - low).flatten()).reshape(symbols.shape)
+
+
+def _values(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
     below = torch.tensor([0.0, *shifts], dtype=torch.float32) / _SHIFT_UNIT
     magnitude = symbols.abs()
     return symbols.sign() * (magnitude - below[magnitude.clamp(max=SHIFTS).long()]) * step(level)

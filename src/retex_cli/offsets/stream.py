@@ -114,11 +114,24 @@ class Factors:
     left: Tensor
     right: Tensor | None
 
-    def delta(self, shape: Shape, device: torch.device) -> Tensor:
-        """The offset, float32 of ``shape`` on ``device``."""
+    def delta(self, shape: Shape, device: torch.device, out: Tensor | None = None) -> Tensor:
+        """The offset, float32 of ``shape`` on ``device``, in memory of its own or in ``out``, such a tensor."""
+        if out is None:
+            out = torch.empty(shape, dtype=torch.float32, device=device)
         left = self.left.to(device)
-        matrix = left if self.right is None else left @ self.right.to(device)
-        return matrix.reshape(shape)
+        if self.right is None:
+            return out.copy_(left.reshape(shape))
+        torch.mm(left, self.right.to(device), out=out.view(len(left), -1))
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
+
+    def to(self, device: torch.device) -> Factors:
+        """The same on another device."""
+        return Factors(self.left.to(device), None if self.right is None else self.right.to(device))
 
 
 def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factors]:
@@ -136,7 +149,9 @@ def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factor
     if len(levels) and not (levels.min() >= 0 and levels.max() < LEVELS and abs(scales).max() < 1000):
         raise coder.CorruptOffsets("a level or a scale is out of range")
     plan = _plan(layout, counts, levels, scales)
-    return _assemble(plan, _Pools(plan, sequences[3], sequences[4:]))
+    symbols = sequences[4:]
+    del sequences[4:]  # the pools take the last reference to each, or both forms would be in memory at once
+    return _assemble(plan, _Pools(plan, sequences[3], symbols))
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def _plan(
 
 
 class _Pools:
-    """The decoded entries of every context, handed out in order."""
+    """The decoded entries of every context, handed out in order; empties the list of symbols."""
 
     def __init__(self, plan: list[_Tensor], shifts: coder.Integers, symbols: list[coder.Integers]) -> None:
         needed: dict[Context, int] = {}
@@ -181,12 +196,10 @@ class _Pools:
             raise coder.CorruptOffsets("the numbers of symbols disagree")
         if len(shifts) != SHIFTS * len(used):
             raise coder.CorruptOffsets("the numbers of shifts disagree")
-        self._values = {
-            context: dequantise(
-                torch.from_numpy(symbols[i]), context[0], shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
-            )
-            for i, context in enumerate(used)
-        }
+        self._values: dict[Context, Tensor] = {}
+        for i, context in enumerate(used):
+            of_context = shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
+            self._values[context] = dequantise(torch.from_numpy(symbols.pop(0)), context[0], of_context)
         self._used = dict.fromkeys(used, 0)
 
     def take(self, context: Context, length: int) -> Tensor:
@@ -199,10 +212,12 @@ def _assemble(plan: list[_Tensor], pools: _Pools) -> dict[str, Factors]:
     factors = {}
     for tensor in plan:
         lefts, rights = [], []
-        for level, scale in tensor.kept:
+        for level, _ in tensor.kept:
             of_left, of_right = contexts(level, tensor.left, tensor.right)
-            lefts.append(pools.take(of_left, tensor.left) * scale_value(scale))
+            lefts.append(pools.take(of_left, tensor.left))
             if tensor.right:
-                rights.append(pools.take(of_right, tensor.right) / math.sqrt(tensor.right))
-        factors[tensor.name] = Factors(torch.stack(lefts, 1), torch.stack(rights) if rights else None)
+                rights.append(pools.take(of_right, tensor.right))
+        scales = torch.tensor([scale_value(scale) for _, scale in tensor.kept])
+        right = torch.stack(rights) / math.sqrt(tensor.right) if rights else None
+        factors[tensor.name] = Factors(torch.stack(lefts, 1) * scales, right)
     return factors

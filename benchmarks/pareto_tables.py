@@ -1,0 +1,108 @@
+"""The table and the picture of ``pareto.py``: accuracy against bytes, and where a rival lies above retex."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from tables import load, percent, row, source
+
+NAME = "pareto"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ALONE = "merged"
+
+Entry = dict[str, object]
+
+
+def is_ours(entry: Entry) -> bool:
+    """retex itself, in any of its rows."""
+    return str(entry["form"]) in ("retex", "retex-refine")
+
+
+def number(entry: Entry, key: str) -> float:
+    """One of an entry's numbers."""
+    return float(cast("float", entry[key]))
+
+
+def above(rival: Entry, entries: Sequence[Entry]) -> str:
+    """Where a rival lies above retex, in words: no row of ours is as small and as good. Empty where it does not."""
+    if is_ours(rival) or rival["form"] == ALONE:
+        return ""
+    smaller = [entry for entry in entries if is_ours(entry) and number(entry, "fraction") <= number(rival, "fraction")]
+    best = max(smaller, key=lambda entry: number(entry, "mean"), default=None)
+    if best is None:
+        return "smaller than any of ours"
+    if number(rival, "mean") <= number(best, "mean"):
+        return ""
+    inside = number(rival, "mean") <= cast("list[float]", best["interval"])[1]
+    return "above retex, inside its interval" if inside else "**above retex**"
+
+
+def pareto_tables() -> str:
+    """One table for every suite that was measured; empty where none was."""
+    result = load(NAME)
+    if result is None:
+        return ""
+    suites = {suite: cast("list[Entry]", rows) for suite, rows in result.items() if suite != "provenance"}
+    parts = [_table(suite, rows) for suite, rows in suites.items()]
+    return _HEAD + "\n" + "\n".join(parts) + "\n" + source(NAME, result)
+
+
+_HEAD = """\
+Accuracy against bytes of files: share of the experts' own accuracy in percent, task and head known; brackets hold 95 %
+of bootstrap samples of the test rows. "%" is of the fp32 bytes of an expert's shared tensors. Rivals compress what
+retex does, the offsets from the merged checkpoint, unless the last column says otherwise.
+"""
+
+
+def _table(suite: str, entries: Sequence[Entry]) -> str:
+    text = f"### {suite}\n\n"
+    text += row(["form", "size", "bytes a task", "%", "mean", "worst task", "agreement", ""]) + "|---" * 8 + "|\n"
+    for entry in sorted(entries, key=lambda entry: number(entry, "bytes_per_task")):
+        low, high = cast("list[float]", entry["interval"])
+        remarks = filter(None, [above(entry, entries), str(entry.get("note", ""))])
+        name = f"**{entry['form']}**" if is_ours(entry) else str(entry["form"])
+        text += row(
+            [
+                name,
+                str(entry["size"]),
+                f"{number(entry, 'bytes_per_task'):,.0f}",
+                f"{100 * number(entry, 'fraction'):.3g}",
+                f"{percent(entry['mean'])} [{percent(low)}, {percent(high)}]",
+                percent(entry["worst"]),
+                percent(entry["agreement"]),
+                "; ".join(remarks),
+            ]
+        )
+    return text
+
+
+def plot(suite: str, entries: Sequence[Entry]) -> Path:
+    """``docs/pareto-SUITE.svg``, the same bytes for the same entries."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "retex"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for form in dict.fromkeys(str(entry["form"]) for entry in entries):
+        mine = sorted((entry for entry in entries if entry["form"] == form), key=lambda e: number(e, "fraction"))
+        means = [100 * number(entry, "mean") for entry in mine]
+        if form == ALONE:
+            axes.axhline(means[0], color="grey", linestyle=":", label="merged alone")
+            continue
+        style = {"linewidth": 3, "zorder": 3} if is_ours(mine[0]) else {"linewidth": 1, "alpha": 0.8}
+        axes.plot([100 * number(entry, "fraction") for entry in mine], means, marker="o", label=form, **style)
+    axes.set(
+        xscale="log", xlabel="bytes a task, % of the fp32 expert", ylabel="% of the expert's accuracy", title=suite
+    )
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    path = DOCS / f"pareto-{re.sub('[^A-Za-z0-9]+', '-', suite)}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path

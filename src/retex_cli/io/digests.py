@@ -1,0 +1,70 @@
+"""SHA-256 of files, remembered from run to run as git remembers what it has hashed: by what the system says of a file.
+
+A file that is written to changes its change time, which no program can set back, so an equal device, inode, size,
+modification and change time mean equal bytes. Digests lie in ``$XDG_CACHE_HOME/retex/digests``, one small file each;
+deleting them costs nothing but the time to hash again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from retex_cli.errors import RetexError
+
+SMALL = 1 << 24
+"""Bytes below which a file is hashed sooner than looked up."""
+YOUNG = 2_000_000_000
+"""Nanoseconds: a file changed this lately may change again within one tick of a coarse clock."""
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes; other threads run meanwhile. RetexError if it cannot be read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            known = _recall(before)
+            if known is not None:
+                return known
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise RetexError(f"{path}: cannot be read: {error.strerror}") from None
+    if _key(before) == _key(after):
+        _remember(after, digest)
+    return digest
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "digests"
+
+
+def _key(stat: os.stat_result) -> str:
+    return f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+
+
+def _recall(stat: os.stat_result) -> str | None:
+    """What was found before for just this file; None where nothing, or nothing sensible, is there."""
+    if stat.st_size < SMALL:
+        return None
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        found = (_folder() / _key(stat)).read_text()
+        return found if re.fullmatch("[0-9a-f]{64}", found) else None
+    return None
+
+
+def _remember(stat: os.stat_result, digest: str) -> None:
+    """Keep a digest for next time; a place that cannot be written to is nobody's concern."""
+    if stat.st_size < SMALL or time.time_ns() - stat.st_ctime_ns < YOUNG:
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(digest)
+        Path(file.name).replace(folder / _key(stat))

@@ -1,0 +1,1 @@
+"""Experts switched inside a loaded model."""
