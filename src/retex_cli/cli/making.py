@@ -248,6 +248,8 @@ def fit_offsets(
     space = Workspace.load(workspace)
     named, joining, leaving = pairs(expert, "--expert"), pairs(add, "--add"), tuple(dict.fromkeys(remove or ()))
     changes = bool(joining or leaving)
+    if lossless and budget is None and space.offsets.budget:
+        note(f"{space.where}: budget = {space.offsets.budget!r} is used; without it --lossless chooses one")
     from retex_cli.commands import change_offsets, fit_offsets
 
     config = fit_offsets.FitOffsetsConfig(

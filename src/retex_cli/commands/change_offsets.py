@@ -14,6 +14,7 @@ from torch import Tensor
 
 import retex_cli
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, FitOffsetsReport, fitted_row, merged_digests
+from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
     FORMAT,
     OffsetsFile,
@@ -25,9 +26,9 @@ from retex_cli.commands.offsets_file import (
     tasks_json,
     version_of,
 )
-from retex_cli.commands.task_fit import TaskFit, as_tensor, fit_task, match_experts
+from retex_cli.commands.task_fit import TaskFit, bring, match_experts, source_of_base
 from retex_cli.errors import UsageError
-from retex_cli.io.artefact import FORMAT_KEY, VERSION_KEY, check_artefact, write_artefact
+from retex_cli.io.artefact import FORMAT_KEY, VERSION_KEY, Stored, check_artefact, stored_in, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import thread_count
@@ -52,16 +53,16 @@ class ChangeOffsetsPlan:
         config = self.config
         return FitOffsetsReport(config.output, config.asked, rows, size, config.remove, tuple(self.records))
 
-    def kept(self) -> dict[str, Checkpoint]:
+    def kept(self) -> dict[str, Stored]:
         """The tensors of the file that stay, by name: all but those of removed tasks, and files that only they need."""
         wanted = {digest for record in self.records.values() for digest in record.files.values()}
-        names = []
+        found = {}
         for name in self.file.tensors:
             section, _, rest = name.partition("/")
             owner = rest.partition("/")[0]
             if owner in wanted if section == "files" else owner not in self.config.remove:
-                names.append(name)
-        return dict.fromkeys(names, self.file)
+                found[name] = stored_in(self.file, name)
+        return found
 
 
 def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
@@ -99,37 +100,42 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
 
 def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     """Fit what is added, and write the file anew with all else copied."""
-    config, kept = plan.config, plan.kept()
+    config = plan.config
+    tensors: dict[str, Tensor | Stored] = {**plan.kept()}
     records = dict(plan.records)
     rows: dict[str, Mapping[str, object]] = {}
-    tensors: dict[str, Tensor] = {}
-    if plan.merged is not None:
-        merged, threads = plan.merged.merged, thread_count(config.threads)
-        device = choose_device(config.device, progress)
-        plan.merged.check_merged(merged_digests(merged, threads, progress))
-        ours = known([read_files(merged.side_files())])
-        for fit in plan.added:
-            fitted = fit_task(fit, merged, device, threads, progress)
+    bring([fit.expert for fit in plan.added], progress)
+    recipe = _recipe(plan)
+    if plan.merged is None:
+        return plan.report_of(rows, _write(plan, records, tensors, recipe))
+    merged, threads = plan.merged.merged, thread_count(config.threads)
+    device = choose_device(config.device, progress)
+    plan.merged.check_merged(merged_digests(merged, threads, progress))
+    ours = known([read_files(merged.side_files())])
+    key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
+    with scratch_beside(config.output, key, device) as scratch:
+        fitting = Fitting(merged, device, threads, scratch, progress)
+        for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
-            tensors |= {name: tensor for name, tensor in new.items() if name not in kept}
+            tensors |= {name: tensor for name, tensor in new.items() if name not in tensors}
             tensors |= fitted.tensors
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
-    size = _write(plan, records, tensors, kept)
+        size = _write(plan, records, tensors, recipe)
     return plan.report_of(rows, size)
 
 
 def _write(
     plan: ChangeOffsetsPlan,
     records: Mapping[str, TaskRecord],
-    tensors: Mapping[str, Tensor],
-    kept: Mapping[str, Checkpoint],
+    tensors: Mapping[str, Tensor | Stored],
+    recipe: Mapping[str, object],
 ) -> int:
     metadata = {key: text for key, text in plan.file.metadata.items() if key not in (FORMAT_KEY, VERSION_KEY)}
-    metadata |= {"tasks": tasks_json(records), "recipe": json.dumps(_recipe(plan), sort_keys=True)}
+    metadata |= {"tasks": tasks_json(records), "recipe": json.dumps(recipe, sort_keys=True)}
     return write_artefact(
-        plan.config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=True, kept=kept
+        plan.config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=True
     )
 
 

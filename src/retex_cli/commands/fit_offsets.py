@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 import retex_cli
+from retex_cli.commands.fitting import FittedTask, Fitting, as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
     FORMAT,
     TaskRecord,
@@ -20,17 +21,9 @@ from retex_cli.commands.offsets_file import (
     version_of,
 )
 from retex_cli.commands.report import Json, Table
-from retex_cli.commands.task_fit import (
-    FittedTask,
-    TaskFit,
-    as_tensor,
-    asked_budget,
-    file_hashes,
-    fit_task,
-    match_experts,
-)
+from retex_cli.commands.task_fit import TaskFit, asked_budget, bring, match_experts, source_of, source_of_base
 from retex_cli.errors import UsageError
-from retex_cli.io.artefact import check_artefact, write_artefact
+from retex_cli.io.artefact import Stored, check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.io.provenance import checkpoint_digests
 from retex_cli.models.device import choose_device
@@ -120,6 +113,8 @@ class FitOffsetsReport:
         changes = [f"removed {', '.join(self.removed)}"] if self.removed else []
         if self.kept:
             changes.append(f"{', '.join(self.kept)}: as before, byte for byte")
+        if self.rows:
+            changes.append(f"budget of each task: {self.budget}")
         if self.written is None:
             return changes
         return [*changes, f"wrote {self.output}: {self.written:,} bytes for {len(self.rows) + len(self.kept)} tasks"]
@@ -140,28 +135,28 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
 def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     """Fit task by task, tensors of a task side by side, and write one file."""
     config, merged = plan.config, plan.merged
-    device = choose_device(config.device, progress)
-    threads = thread_count(config.threads)
-    digests = merged_digests(merged, threads, progress)
-    tensors: dict[str, Tensor] = {"digests": digest_rows(digests)}
+    device, threads = choose_device(config.device, progress), thread_count(config.threads)
+    digests, recipe = merged_digests(merged, threads, progress), _recipe(plan, progress)
+    tensors: dict[str, Tensor | Stored] = {"digests": digest_rows(digests)}
     records: dict[str, TaskRecord] = {}
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
-    for fit in plan.tasks:
-        fitted = fit_task(fit, merged, device, threads, progress)
-        stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
-        tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
-        tensors |= fitted.tensors
-        records[fit.task] = fitted.record
-        rows[fit.task] = fitted_row(fit, fitted, stored)
-    metadata = {
-        "tasks": tasks_json(records),
-        "merged": fingerprint_of(merged, digests),
-        "recipe": json.dumps(_recipe(plan), sort_keys=True),
-    }
-    size = write_artefact(
-        config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=config.overwrite
-    )
+    with scratch_beside(config.output, recipe, device) as scratch:
+        fitting = Fitting(merged, device, threads, scratch, progress)
+        for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
+            stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
+            tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
+            tensors |= fitted.tensors
+            records[fit.task] = fitted.record
+            rows[fit.task] = fitted_row(fit, fitted, stored)
+        metadata = {
+            "tasks": tasks_json(records),
+            "merged": fingerprint_of(merged, digests),
+            "recipe": json.dumps(recipe, sort_keys=True),
+        }
+        size = write_artefact(
+            config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=config.overwrite
+        )
     return FitOffsetsReport(config.output, config.asked, rows, size)
 
 
@@ -185,13 +180,15 @@ def fitted_row(fit: TaskFit, fitted: FittedTask, stored: Mapping[str, bytes]) ->
     }
 
 
-def _recipe(plan: FitOffsetsPlan) -> Mapping[str, object]:
-    merged = plan.merged
+def _recipe(plan: FitOffsetsPlan, progress: Progress) -> Mapping[str, object]:
+    config, merged = plan.config, plan.merged
+    bring([merged, *(fit.expert for fit in plan.tasks)], progress)
     return {
         "command": "fit-offsets",
         "retex": retex_cli.__version__,
-        "budget": plan.config.asked,
-        "lossless": plan.config.lossless,
-        "merged": {"reference": merged.reference, "revision": merged.revision, "files": file_hashes(merged)},
+        "budget": config.asked,
+        "lossless": config.lossless,
+        "merged": source_of(merged),
         "experts": {fit.task: fit.recipe() for fit in plan.tasks},
+        **source_of_base(plan.tasks, config.base),
     }

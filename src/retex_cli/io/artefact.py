@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,32 +28,41 @@ def check_artefact(path: str | Path, *, overwrite: bool, inputs: Sequence[Path] 
     return output
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies elsewhere and is read when its turn comes; ``read`` gives it on the CPU."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def stored_in(file: Checkpoint, name: str) -> Stored:
+    """A tensor of an opened file."""
+    info = file.tensors[name]
+    return Stored(info.dtype, info.shape, lambda: file.read(name))
+
+
 def write_artefact(
     path: str | Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Stored],
     metadata: Mapping[str, str],
     *,
     format: str,
     version: int,
     overwrite: bool = False,
-    kept: Mapping[str, Checkpoint] | None = None,
 ) -> int:
     """Write CPU tensors in the order of the mapping behind a header with format, version and ``metadata``.
 
-    ``kept`` come before them: tensors that are copied, one at a time, from the opened file that has them; it may be
-    the file that is replaced. Returns the size of the file in bytes. RetexError as for any output.
+    What is stored elsewhere is copied one tensor at a time; it may lie in the file that is replaced. Returns the size
+    of the file in bytes. RetexError as for any output.
     """
     output = check_artefact(path, overwrite=overwrite)
-    kept = kept or {}
-    infos = [file.tensors[name] for name, file in kept.items()]
-    specs = [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
-    specs += [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     header = {FORMAT_KEY: format, VERSION_KEY: str(version), **metadata}
     with open_output(output, specs, metadata=header, overwrite=overwrite) as writer:
-        for name, file in kept.items():
-            writer.write(file.read(name))
         for tensor in tensors.values():
-            writer.write(tensor)
+            writer.write(tensor.read() if isinstance(tensor, Stored) else tensor)
     return output.target.stat().st_size
 
 
