@@ -124,8 +124,8 @@ def test_what_waits_for_the_file_waits_on_disk(made: Path, monkeypatch: pytest.M
     seen: list[fitting.FittedTask] = []
     task = fitting.Fitting._task
 
-    def spied(self: fitting.Fitting, fit: object) -> fitting.FittedTask:
-        seen.append(task(self, fit))  # type: ignore[arg-type]
+    def spied(self: fitting.Fitting, fit: object, prepared: object) -> fitting.FittedTask:
+        seen.append(task(self, fit, prepared))  # type: ignore[arg-type]
         return seen[-1]
 
     monkeypatch.setattr(fitting.Fitting, "_task", spied)

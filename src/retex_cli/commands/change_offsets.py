@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.fit_offsets import FitOffsetsConfig, FitOffsetsReport, fitted_row, merged_digests
+from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.fit_offsets import FitOffsetsConfig, merged_digests
+from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
     FORMAT,
@@ -44,6 +47,7 @@ class ChangeOffsetsPlan:
     records: Mapping[str, TaskRecord]
     merged: OffsetsFile | None
     added: tuple[TaskFit, ...]
+    held_out: Mapping[str, Held]
 
     def report(self) -> FitOffsetsReport:
         return self.report_of({fit.task: fit.row() for fit in self.added}, None)
@@ -51,7 +55,7 @@ class ChangeOffsetsPlan:
     def report_of(self, rows: Mapping[str, Mapping[str, object]], size: int | None) -> FitOffsetsReport:
         """The report of these fitted tasks; ``size`` of the written file in bytes."""
         config = self.config
-        return FitOffsetsReport(config.output, config.asked, rows, size, config.remove, tuple(self.records))
+        return FitOffsetsReport(config.output, config.wish.words, rows, size, config.remove, tuple(self.records))
 
     def kept(self) -> dict[str, Stored]:
         """The tensors of the file that stay, by name: all but those of removed tasks, and files that only they need."""
@@ -72,6 +76,10 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     """
     if config.experts:
         raise UsageError("--expert makes a file, --add and --remove change one", "leave --expert out")
+    if config.total_budget is not None:
+        raise UsageError(
+            "--total-budget is for a whole file, and --add leaves its other tasks as they are", "give --budget"
+        )
     file, records = open_offsets(config.output)
     for task in config.remove:
         task_record(config.output, records, task)
@@ -90,12 +98,13 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     added: tuple[TaskFit, ...] = ()
     if config.add:
         merged = OffsetsFile(config.output, open_checkpoint(config.merged))
-        added = match_experts(config.add, merged.merged, config.base, config.budget, config.lossless)
+        added = match_experts(config.add, merged.merged, config.base, config.wish)
     inputs = [path for fit in added for path in fit.expert.files] + ([*merged.merged.files] if merged else [])
     nbytes = sum(info.nbytes for info in file.tensors.values())
     nbytes += sum(fit.most_bytes for fit in added)
     check_artefact(config.output, overwrite=True, inputs=inputs, nbytes=nbytes)
-    return ChangeOffsetsPlan(config, file, left, merged, added)
+    held_out = held_out_inputs(list(config.add), config.inputs) if config.target is not None else {}
+    return ChangeOffsetsPlan(config, file, left, merged, added, held_out)
 
 
 def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
@@ -112,9 +121,10 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     device = choose_device(config.device, progress)
     plan.merged.check_merged(merged_digests(merged, threads, progress))
     ours = known([read_files(merged.side_files())])
+    judge = Judge.of(config.target, plan.added, plan.held_out, merged, device, config.model, config.batch_size, threads)
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
     with scratch_beside(config.output, key, device) as scratch:
-        fitting = Fitting(merged, device, threads, scratch, progress)
+        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge)
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -122,7 +132,8 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             tensors |= fitted.tensors
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
-        size = _write(plan, records, tensors, recipe)
+        agreements = {task: {"agreement": row["agreement"]} for task, row in rows.items() if "agreement" in row}
+        size = _write(plan, records, tensors, _recipe(plan, agreements))
     return plan.report_of(rows, size)
 
 
@@ -139,11 +150,14 @@ def _write(
     )
 
 
-def _recipe(plan: ChangeOffsetsPlan) -> Mapping[str, object]:
+def _recipe(
+    plan: ChangeOffsetsPlan, agreements: Mapping[str, Mapping[str, object]] = MappingProxyType({})
+) -> Mapping[str, object]:
     """The file's own recipe: the experts that it now holds, and every change since it was made."""
     old = json.loads(plan.file.metadata.get("recipe", "{}"))
     config, version = plan.config, retex_cli.__version__
-    added = {fit.task: {**fit.recipe(), "budget": config.asked, "lossless": config.lossless} for fit in plan.added}
+    how = {"budget": config.wish.words, "lossless": config.lossless, **inputs_recipe(plan.held_out, config.model)}
+    added = {fit.task: {**fit.recipe(), **how, **agreements.get(fit.task, {})} for fit in plan.added}
     experts = {task: entry for task, entry in old.get("experts", {}).items() if task not in config.remove}
     change = {"retex": version, "removed": list(config.remove), "added": sorted(added)}
     return {**old, "experts": {**experts, **added}, "changes": [*old.get("changes", []), change]}

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.fitting import FittedTask, Fitting, as_tensor, scratch_beside
+from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
+from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
     FORMAT,
     TaskRecord,
@@ -20,8 +22,7 @@ from retex_cli.commands.offsets_file import (
     tasks_json,
     version_of,
 )
-from retex_cli.commands.report import Json, Table
-from retex_cli.commands.task_fit import TaskFit, asked_budget, bring, match_experts, source_of, source_of_base
+from retex_cli.commands.task_fit import TaskFit, Wish, bring, match_experts, source_of, source_of_base
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import Stored, check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
@@ -35,8 +36,12 @@ from retex_cli.progress import Progress
 class FitOffsetsConfig:
     """What to fit. ``base`` is needed only where an expert is a LoRA adapter.
 
-    ``budget`` None is 0.25%, or with ``lossless`` what makes offsets and correction smallest together.
-    ``add`` (task -> reference) and ``remove`` change the file ``output`` instead of making it: see ``change_offsets``.
+    At most one of ``budget`` (of each task), ``total_budget`` (of all together, shared out by need) and ``target``
+    (share of held-out inputs, the last quarter of each task's ``inputs``, on which the recovered expert gives the
+    expert's own answer; the smallest budget that does it) is given. With none it is a budget of 0.25%, or with
+    ``lossless`` what makes offsets and correction smallest together. ``model`` and ``batch_size`` say how inputs are
+    run. ``add`` (task -> reference) and ``remove`` change the file ``output`` instead of making it: see
+    ``change_offsets``.
     """
 
     merged: str
@@ -50,11 +55,16 @@ class FitOffsetsConfig:
     add: Mapping[str, str] = field(default_factory=dict)
     remove: tuple[str, ...] = ()
     lossless: bool = False
+    total_budget: str | None = None
+    target: float | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    batch_size: int = 32
 
     @property
-    def asked(self) -> str:
-        """The budget in words."""
-        return asked_budget(self.budget, self.lossless)
+    def wish(self) -> Wish:
+        """What the offsets may cost or have to achieve."""
+        return Wish(self.budget, self.total_budget, self.target, self.lossless)
 
 
 @dataclass(frozen=True)
@@ -64,60 +74,11 @@ class FitOffsetsPlan:
     config: FitOffsetsConfig
     merged: Checkpoint
     tasks: tuple[TaskFit, ...]
+    held_out: Mapping[str, Held]
 
     def report(self) -> FitOffsetsReport:
         rows = {fit.task: fit.row() for fit in self.tasks}
-        return FitOffsetsReport(self.config.output, self.config.asked, rows, None)
-
-
-@dataclass(frozen=True)
-class FitOffsetsReport:
-    """``{"output", "budget", "bytes", "tasks": {name: {"expert", "budget_bytes", "offset_bytes", "correction_bytes",
-    "task_tensor_bytes", "side_file_bytes", "expert_bytes"}}, "removed": [task], "kept": [task]}``; a plan has neither
-    ``bytes`` nor those of offsets, correction and side files. ``tasks`` are those that were fitted, ``kept`` those that
-    stayed as they were.
-    """
-
-    output: str
-    budget: str
-    rows: Mapping[str, Mapping[str, object]]
-    written: int | None
-    removed: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-
-    def to_json(self) -> Json:
-        return {
-            "output": self.output,
-            "budget": self.budget,
-            "bytes": self.written,
-            "tasks": self.rows,
-            "removed": list(self.removed),
-            "kept": list(self.kept),
-        }
-
-    def tables(self) -> list[Table]:
-        exact = any(row.get("correction_bytes") for row in self.rows.values())
-        columns = ("task", "offsets", *(["correction"] if exact else []), "task tensors", "side files", "expert")
-        rows = []
-        for task, row in self.rows.items():
-            sizes = [row.get("offset_bytes", row["budget_bytes"]), *([row["correction_bytes"]] if exact else [])]
-            share = f"{100 * sum(int(str(size)) for size in sizes) / int(str(row['expert_bytes'])):.3f} %"
-            sizes += [row["task_tensor_bytes"], row.get("side_file_bytes", "-"), row["expert_bytes"]]
-            rows.append((task, *(f"{size:,}" if isinstance(size, int) else str(size) for size in sizes), share))
-        share_of = "offsets + correction / expert" if exact else "offsets / expert"
-        if not rows:
-            return []
-        return [Table("bytes per task" if self.written else "plan: bytes per task", (*columns, share_of), tuple(rows))]
-
-    def lines(self) -> list[str]:
-        changes = [f"removed {', '.join(self.removed)}"] if self.removed else []
-        if self.kept:
-            changes.append(f"{', '.join(self.kept)}: as before, byte for byte")
-        if self.rows:
-            changes.append(f"budget of each task: {self.budget}")
-        if self.written is None:
-            return changes
-        return [*changes, f"wrote {self.output}: {self.written:,} bytes for {len(self.rows) + len(self.kept)} tasks"]
+        return FitOffsetsReport(self.config.output, self.config.wish.words, rows, None)
 
 
 def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
@@ -125,11 +86,12 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
     if not config.experts:
         raise UsageError("no experts to fit offsets for", "give --expert NAME=REF, or [tasks.NAME] in retex.toml")
     merged = open_checkpoint(config.merged)
-    tasks = match_experts(config.experts, merged, config.base, config.budget, config.lossless)
+    tasks = match_experts(config.experts, merged, config.base, config.wish)
     inputs = [*merged.files, *(file for fit in tasks for file in fit.expert.files)]
     nbytes = sum(fit.most_bytes for fit in tasks)
     check_artefact(config.output, overwrite=config.overwrite, inputs=inputs, nbytes=nbytes)
-    return FitOffsetsPlan(config, merged, tasks)
+    held_out = held_out_inputs(list(config.experts), config.inputs) if config.target is not None else {}
+    return FitOffsetsPlan(config, merged, tasks, held_out)
 
 
 def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
@@ -142,13 +104,18 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
     with scratch_beside(config.output, recipe, device) as scratch:
-        fitting = Fitting(merged, device, threads, scratch, progress)
+        judge = Judge.of(
+            config.target, plan.tasks, plan.held_out, merged, device, config.model, config.batch_size, threads
+        )
+        fitting = Fitting(merged, device, threads, scratch, progress, config.total_budget is not None, judge)
         for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
             tensors |= fitted.tensors
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
+        if judge is not None:
+            recipe["agreement"] = {task: row["agreement"] for task, row in rows.items()}
         metadata = {
             "tasks": tasks_json(records),
             "merged": fingerprint_of(merged, digests),
@@ -157,7 +124,7 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
         size = write_artefact(
             config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=config.overwrite
         )
-    return FitOffsetsReport(config.output, config.asked, rows, size)
+    return FitOffsetsReport(config.output, config.wish.words, rows, size)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:
@@ -168,27 +135,16 @@ def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict
     return digests
 
 
-def fitted_row(fit: TaskFit, fitted: FittedTask, stored: Mapping[str, bytes]) -> dict[str, object]:
-    """One task of the report; ``stored``: its side files that the merged folder does not have, by SHA-256."""
-    return {
-        **fit.row(),
-        "budget_bytes": fitted.record.budget_bytes,
-        "offset_bytes": fitted.record.offset_bytes,
-        "correction_bytes": fitted.record.correction_bytes,
-        "side_file_bytes": sum(map(len, stored.values())),
-        "expert_bytes": fitted.record.expert_bytes,
-    }
-
-
-def _recipe(plan: FitOffsetsPlan, progress: Progress) -> Mapping[str, object]:
+def _recipe(plan: FitOffsetsPlan, progress: Progress) -> dict[str, object]:
     config, merged = plan.config, plan.merged
     bring([merged, *(fit.expert for fit in plan.tasks)], progress)
     return {
         "command": "fit-offsets",
         "retex": retex_cli.__version__,
-        "budget": config.asked,
+        "budget": config.wish.words,
         "lossless": config.lossless,
         "merged": source_of(merged),
         "experts": {fit.task: fit.recipe() for fit in plan.tasks},
         **source_of_base(plan.tasks, config.base),
+        **inputs_recipe(plan.held_out, config.model),
     }

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
@@ -24,6 +25,7 @@ from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.pieces import from_tensors, to_tensors
+from retex_cli.offsets.shares import share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
 from retex_cli.parallel import ordered_map
@@ -40,6 +42,7 @@ class FittedTask:
     record: TaskRecord
     tensors: Mapping[str, Tensor | Stored]
     files: Mapping[str, bytes]
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,41 @@ class _Piece:
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """A fitter that has seen every tensor of an expert, and the SHA-256 of those tensors."""
+
+    fitter: OffsetFitter
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Fitting:
-    """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number."""
+    """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number.
+
+    ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
+    to be reached.
+    """
 
     merged: Checkpoint
     device: torch.device
     threads: int
     scratch: Scratch
     progress: Progress
+    together: bool = False
+    judge: Judge | None = None
 
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
-        """Task by task. RetexError for NaN in an expert and for a budget that holds nothing."""
+        """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
+        of reach."""
+        done = [self.scratch.get(f"{CODED}/{fit.task}") is not None for fit in fits]
+        shared = self._shared_budget(fits) if self.together and not all(done) else {}
         for fit in fits:
-            yield self._task(fit)
+            yield self._task(fit, shared.get(fit.task))
 
-    def _task(self, fit: TaskFit) -> FittedTask:
+    def _task(self, fit: TaskFit, prepared: _Prepared | None) -> FittedTask:
         coded = self.scratch.get(f"{CODED}/{fit.task}")
         if coded is None:
-            self._code(fit)
+            self._code(fit, prepared or self._prepare(fit))
             coded = self.scratch.get(f"{CODED}/{fit.task}")
             assert coded is not None, "it was put there just now"
         tensors, texts = coded
@@ -80,10 +100,26 @@ class Fitting:
         size = sum(stored.shape[0] for stored in corrections.values())
         record = _record(fit, data, int(texts["budget"]), size, files, digests)
         offsets = {f"offsets/{fit.task}": self.scratch.stored(f"{CODED}/{fit.task}", "data")}
-        return FittedTask(record, {**_task_tensors(fit), **offsets, **corrections}, known([files]))
+        agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
+        return FittedTask(record, {**_task_tensors(fit), **offsets, **corrections}, known([files]), agreement)
 
-    def _code(self, fit: TaskFit) -> None:
-        """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
+    def _shared_budget(self, fits: Sequence[TaskFit]) -> dict[str, _Prepared]:
+        """All tasks prepared, each with its share of the budget that they have together."""
+        prepared = {fit.task: self._prepare(fit) for fit in fits}
+        fitters = [each.fitter for each in prepared.values()]
+        least, budget = [fitter.least() for fitter in fitters], fits[0].budget
+        if sum(least) > budget:
+            raise RetexError(
+                f"the budget {fits[0].asked!r} is {budget:,} bytes; the least that holds anything of every task is "
+                f"{sum(least):,} bytes",
+                f"give --total-budget {sum(least)} or more",
+            )
+        shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
+        for fitter, share in zip(fitters, shares, strict=True):
+            fitter.budget = share
+        return prepared
+
+    def _prepare(self, fit: TaskFit) -> _Prepared:
         fitter = OffsetFitter(layout_of(self.merged), fit.budget)
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
@@ -99,18 +135,23 @@ class Fitting:
             self.progress.advance()
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
-        try:
-            data = fitter.finish()
-        except BudgetTooSmall as error:
-            raise RetexError(
-                f"the budget {fit.asked!r} is {fit.budget:,} bytes for task {fit.task!r}; the least that holds "
-                f"anything is {error.minimum:,} bytes",
-                f"give --budget {error.minimum} or more",
-            ) from error
-        texts = {"budget": str(fitter.budget), "digests": json.dumps(digests)}
+        return _Prepared(fitter, digests)
+
+    def _code(self, fit: TaskFit, prepared: _Prepared) -> None:
+        """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
+        fitter = prepared.fitter
+        texts = {"digests": json.dumps(prepared.digests)}
+        if self.judge is not None:
+            found = reach(fit, fitter, self.judge, self.progress)
+            data, fitter.budget = found.data, found.budget
+            texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
+        else:
+            data = _within_budget(fit, fitter)
+        texts["budget"] = str(fitter.budget)
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
-        for name in names:
-            self.scratch.drop(f"tensor/{fit.task}/{name}")
+        if not self.together:  # what shares a budget is needed until all of it is coded
+            for name in fit.expert.tensors:
+                self.scratch.drop(f"tensor/{fit.task}/{name}")
 
     def _piece(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter) -> _Piece:
         """What was put aside of a tensor, or what is made of it and put aside now."""
@@ -177,6 +218,17 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
         scratch.remove()
         raise
     scratch.remove()
+
+
+def _within_budget(fit: TaskFit, fitter: OffsetFitter) -> bytes:
+    try:
+        return fitter.finish()
+    except BudgetTooSmall as error:
+        raise RetexError(
+            f"the budget {fit.asked!r} is {fit.budget:,} bytes for task {fit.task!r}; the least that holds "
+            f"anything is {error.minimum:,} bytes",
+            f"give --budget {error.minimum} or more",
+        ) from error
 
 
 def as_tensor(data: bytes) -> Tensor:

@@ -28,7 +28,6 @@ from retex_cli.io.dtypes import CODES, DTYPES
 from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.offsets.coder import CorruptOffsets
-from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.offsets.stream import Factors, Shape, decode
@@ -256,10 +255,7 @@ class OffsetsFile:
         if self.is_exact(embedding, head) and merged.is_floating_point():
             value = self._restored(spec.name, name, merged, predictor, head)
         else:
-            delta = predictor.delta(name, tuple(merged.shape), embedding, device, out)
-            # into the offset's own memory: a third tensor of this size would cost more than the sum
-            value = merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))
-            value = value.to(spec.dtype)
+            value = predictor.add_to(name, merged, embedding, device, out).to(spec.dtype)
         if merged.shape != spec.shape:
             value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}").to(value.device)])
         return value

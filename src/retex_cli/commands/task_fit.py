@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retex_cli.commands.budget import budget_bytes
 from retex_cli.commands.offsets_file import layout_of
-from retex_cli.errors import RetexError
+from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment, align
 from retex_cli.io.checkpoint import Checkpoint, adapter_weights, open_checkpoint, open_expert
 from retex_cli.io.digests import sha256_file
@@ -20,12 +20,54 @@ SMALLEST = "smallest total"
 """The budget of a lossless fit where none is typed: offsets and correction are smallest together."""
 MOST = "8%"
 """And the most that its offsets may take of it."""
+LARGEST = "30%"
+"""The largest budget that is tried for a target: beyond it a plain copy is the better choice."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a file may cost or has to achieve, one of ``budget`` (of each task), ``total`` (of all tasks together), both
+    as typed, and ``target`` (share of held-out inputs with the expert's own answer), or none of them."""
+
+    budget: str | None = None
+    total: str | None = None
+    target: float | None = None
+    lossless: bool = False
+
+    def check(self) -> None:
+        """UsageError for what cannot be meant together, and for a target that is no share."""
+        given = {"--budget": self.budget, "--total-budget": self.total, "--target": self.target}
+        named = [flag for flag, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise UsageError(f"{' and '.join(named)} cannot stand together", "each says what the file may cost")
+        if self.target is not None and self.lossless:
+            raise UsageError("--target and --lossless cannot stand together", "a lossless expert agrees on every input")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise UsageError(f"--target {100 * self.target:g} is no share of the inputs", "e.g. --target 99.5")
+
+    @property
+    def words(self) -> str:
+        """For people and for the recipe."""
+        if self.total is not None:
+            return f"{self.total} for all tasks"
+        if self.target is not None:
+            return f"the smallest for {100 * self.target:g} % agreement"
+        return self.budget or (SMALLEST if self.lossless else DEFAULT)
+
+    def limit(self, numel: int, all_numel: int) -> int:
+        """The most bytes that the offsets of a task may take; ``numel`` of its parameters, and of those of all tasks,
+        are shared with the merged checkpoint."""
+        if self.total is not None:
+            return budget_bytes(self.total, all_numel)
+        if self.target is not None:
+            return budget_bytes(LARGEST, numel)
+        return budget_bytes(MOST if self.words == SMALLEST else self.words, numel)
 
 
 @dataclass(frozen=True)
 class TaskFit:
-    """One expert and how its tensors lie over the merged ones; ``budget`` as it was typed and in bytes, a limit only
-    where the fit is to choose it (``asked`` is ``SMALLEST``)."""
+    """One expert and how its tensors lie over the merged ones; ``asked`` is the wish in words, ``budget`` in bytes, a
+    limit only where the fit is to choose it."""
 
     task: str
     expert: Checkpoint
@@ -97,22 +139,16 @@ def bring(checkpoints: Sequence[Checkpoint], progress: Progress) -> None:
         checkpoint.fetch(progress)
 
 
-def asked_budget(budget: str | None, exact: bool) -> str:
-    """The budget in words, where none was typed, too."""
-    return budget or (SMALLEST if exact else DEFAULT)
-
-
-def match_experts(
-    experts: Mapping[str, str], merged: Checkpoint, base: str | None, budget: str | None, exact: bool
-) -> tuple[TaskFit, ...]:
+def match_experts(experts: Mapping[str, str], merged: Checkpoint, base: str | None, wish: Wish) -> tuple[TaskFit, ...]:
     """Open every expert by its headers and match it to ``merged``, in the order of task names.
 
-    RetexError for an expert of another shape, and for one that shares nothing; ``base`` is what adapters apply to,
-    ``exact`` whether they are to come back bit for bit.
+    RetexError for an expert of another shape, and for one that shares nothing; ``base`` is what adapters apply to.
+    UsageError for a wish that cannot be meant.
     """
+    wish.check()
     floating = [name for name, _ in layout_of(merged)]
     opened = open_checkpoint(base) if base else None
-    fits = []
+    found: dict[str, tuple[Checkpoint, Alignment, int]] = {}
     for task in sorted(experts):
         reference = experts[task]
         expert = open_checkpoint(reference) if opened is None else open_expert(reference, opened)
@@ -122,7 +158,9 @@ def match_experts(
                 f"{reference}: shares no tensor with {merged.reference}", "was it merged into that checkpoint?"
             )
         numel = sum(merged.tensors[name].numel for name in floating if name in alignment.shared)
-        asked = asked_budget(budget, exact)
-        size = budget_bytes(MOST if asked == SMALLEST else asked, numel)
-        fits.append(TaskFit(task, expert, alignment, asked, size, exact))
-    return tuple(fits)
+        found[task] = (expert, alignment, numel)
+    together = sum(numel for _, _, numel in found.values())
+    return tuple(
+        TaskFit(task, expert, alignment, wish.words, wish.limit(numel, together), wish.lossless)
+        for task, (expert, alignment, numel) in found.items()
+    )

@@ -70,20 +70,25 @@ class OffsetFitter:
         """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
         return int(8 * self.budget / (max(shape[0], 1) / 2)) + 1
 
+    def candidates(self) -> list[Candidates]:
+        """What could be kept of every tensor of the layout, in its order."""
+        return [self._candidates(name) for name, _ in self._layout]
+
     def lower_budget(self, noises: Mapping[str, Noise]) -> None:
         """Lower the budget to where offsets and exact correction are smallest together; ``noises`` by tensor name."""
-        candidates = [self._candidates(name) for name, _ in self._layout]
         nothing = Noise(0, 1.0)
-        self.budget = cheapest_total(candidates, [noises.get(name, nothing) for name, _ in self._layout], self.budget)
+        self.budget = cheapest_total(
+            self.candidates(), [noises.get(name, nothing) for name, _ in self._layout], self.budget
+        )
 
     def finish(self) -> bytes:
         """The coded offsets: at most the budget, and near it unless everything fits in less.
 
         Raises ``BudgetTooSmall`` when nothing useful fits.
         """
-        candidates = [self._candidates(name) for name, _ in self._layout]
+        candidates = self.candidates()
         if not any((candidate.energies > 0).any() for candidate in candidates):
-            return stream.encode([[] for _ in self._layout], {})  # the expert is the merged checkpoint
+            return self._nothing()
         best, best_levels = b"", None
         target, highest, lowest = 8.0 * self.budget, math.inf, 0.0
         for _ in range(12):
@@ -101,18 +106,28 @@ class OffsetFitter:
                 highest = target
             guess = target * 0.995 * self.budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
-        return best or self._least(candidates)
+        data = best or self._least(candidates)
+        if len(data) > self.budget:
+            raise BudgetTooSmall(len(data))
+        return data
+
+    def least(self) -> int:
+        """Bytes of the smallest coded offsets that hold anything."""
+        candidates = self.candidates()
+        some = any((candidate.energies > 0).any() for candidate in candidates)
+        return len(self._least(candidates) if some else self._nothing())
+
+    def _nothing(self) -> bytes:
+        """Of an expert that is the merged checkpoint."""
+        return stream.encode([[] for _ in self._layout], {})
 
     def _least(self, candidates: list[Candidates]) -> bytes:
-        """The one component that takes the fewest bytes, if the budget has them."""
+        """The one component that takes the fewest bytes."""
         prices = [float(c.bits[c.hull[0]]) if (c.energies > 0).any() else math.inf for c in candidates]
         cheapest = prices.index(min(prices))
         levels: list[list[int]] = [[] for _ in candidates]
         [levels[cheapest]] = allocate([candidates[cheapest]], prices[cheapest])
-        data = self._encode(levels)
-        if len(data) > self.budget:
-            raise BudgetTooSmall(len(data))
-        return data
+        return self._encode(levels)
 
     def _candidates(self, name: str) -> Candidates:
         return self._prepared[name][1] if name in self._prepared else Candidates(*(np.zeros(0) for _ in range(3)))
