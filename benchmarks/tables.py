@@ -151,6 +151,30 @@ def _architectures() -> str:
     return text + source(name, result) + "\n"
 
 
+def _lossless() -> str:
+    """Bytes of experts that come back bit for bit, beside general compressors."""
+    text = ""
+    for suite, entry in (load("lossless") or {}).items():
+        assert isinstance(entry, dict)
+        tasks = {
+            task: found for task, found in entry["tasks"].items() if {"retex", "xor", "zstd", "xz"} <= found.keys()
+        }
+        if not tasks:
+            continue
+        text += (
+            f"**`--lossless`**, {suite}: bytes of one expert's weights, all of them back bit for bit; XOR: the byte "
+            "planes of expert XOR merged checkpoint under `zstd -19`.\n\n"
+        )
+        text += row(["task", "expert", "retex", "of the expert", "XOR", "`zstd -19`", "`xz -9`"]) + "|---" * 7 + "|\n"
+        for task, found in tasks.items():
+            assert found["retex"]["identical"]
+            ours, whole = found["retex"]["bytes"], found["expert_bytes"]
+            rivals = [f"{found[name]:,}" for name in ("xor", "zstd", "xz")]
+            text += row([task, f"{whole:,}", f"{ours:,}", f"{percent(ours / whole)} %", *rivals])
+        text += "\n" + source("lossless", entry) + "\n"
+    return text
+
+
 def _recovery() -> str:
     """An expert as a file: time beside a plain copy, memory by depth, the decoder."""
     name = "recovery"
@@ -201,5 +225,5 @@ def _switching() -> str:
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
     accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8")]
-    parts = [*accuracy, _speed(), _recovery(), _switching(), _architectures()]
+    parts = [*accuracy, _lossless(), _speed(), _recovery(), _switching(), _architectures()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

@@ -16,7 +16,7 @@ from retex_cli.progress import Progress
 MOST_GROUPS = 40
 """Rows of the tensor table beyond which groups are taken together by their first words."""
 
-TASK_SECTIONS = {"offsets": "offsets", "tensors": "task tensors", "rows": "task tensors"}
+TASK_SECTIONS = {"offsets": "offsets", "tensors": "task tensors", "rows": "task tensors", "exact": "correction"}
 """First word of a tensor's name in an offsets file -> column; the task's name follows it."""
 
 

@@ -121,9 +121,7 @@ def _flat(values: Mapping[str, Tensor | Factors]) -> Iterator[Tensor]:
             yield from value
 
 
-def _batches(
-    examples: Sequence[Example], schedule: Schedule, generator: torch.Generator
-) -> Iterator[list[Example]]:
+def _batches(examples: Sequence[Example], schedule: Schedule, generator: torch.Generator) -> Iterator[list[Example]]:
     """``steps`` batches, every example once an epoch, texts of like length together."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].text or ""), i))
     size, done = min(schedule.batch_size, len(examples)), 0

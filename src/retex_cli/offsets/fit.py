@@ -19,6 +19,7 @@ from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
 from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
 from retex_cli.offsets.stream import LONG, Coded, Context, Shape
+from retex_cli.offsets.total import Noise, cheapest_total
 from retex_cli.offsets.trainable import Kept
 
 TOLERANCE = 0.985
@@ -30,6 +31,9 @@ MEASURED = 8
 
 Prepared = tuple[Components | Tensor, Candidates]
 """A decomposed offset (or a vector as it is) and what keeping its parts would cost and gain."""
+
+Levels = list[list[int]]
+"""The level of every kept component, by tensor in the order of the layout."""
 
 
 class BudgetTooSmall(ValueError):
@@ -48,9 +52,8 @@ class OffsetFitter:
 
     def __init__(self, layout: Sequence[tuple[str, Shape]], budget: int) -> None:
         self._layout = list(layout)
-        self._budget = budget
+        self.budget = budget
         self._prepared: dict[str, Prepared] = {}
-        self.levels: list[list[int]] | None = None
 
     def prepare(self, delta: Tensor) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
@@ -69,55 +72,81 @@ class OffsetFitter:
 
     def _affordable(self, shape: Shape) -> int:
         """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
-        return int(8 * self._budget / (max(shape[0], 1) / 2)) + 1
+        return int(8 * self.budget / (max(shape[0], 1) / 2)) + 1
+
+    def candidates(self) -> list[Candidates]:
+        """What could be kept of every tensor of the layout, in its order."""
+        return [self._candidates(name) for name, _ in self._layout]
+
+    def lower_budget(self, noises: Mapping[str, Noise]) -> None:
+        """Lower the budget to where offsets and exact correction are smallest together; ``noises`` by tensor name."""
+        nothing = Noise(0, 1.0)
+        self.budget = cheapest_total(
+            self.candidates(), [noises.get(name, nothing) for name, _ in self._layout], self.budget
+        )
 
     def finish(self) -> bytes:
         """The coded offsets: at most the budget, and near it unless everything fits in less.
 
         Raises ``BudgetTooSmall`` when nothing useful fits.
         """
-        candidates = [self._candidates(name) for name, _ in self._layout]
+        return self._within(self.budget)[1]
+
+    def components(self) -> dict[str, Kept]:
+        """What ``finish`` keeps, as it is before it is coded, by tensor name. Raises ``BudgetTooSmall``."""
+        return self._kept(self._within(self.budget)[0])
+
+    def _within(self, budget: int) -> tuple[Levels, bytes]:
+        candidates = self.candidates()
+        best, best_levels = b"", self._none()
         if not any((candidate.energies > 0).any() for candidate in candidates):
-            return stream.encode([[] for _ in self._layout], {})  # the expert is the merged checkpoint
-        best, best_levels = b"", None
-        target, highest, lowest = 8.0 * self._budget, math.inf, 0.0
+            return best_levels, self.encode({})
+        target, highest, lowest = 8.0 * budget, math.inf, 0.0
         for _ in range(12):
             levels = allocate(candidates, target)
             if levels == best_levels:
                 break
-            data = self._encode(levels) if any(levels) else b""
-            if data and len(data) <= self._budget:
+            data = self.encode(self._kept(levels)) if any(levels) else b""
+            if data and len(data) <= budget:
                 lowest = target
                 if len(data) > len(best):
                     best, best_levels = data, levels
-                if len(data) >= TOLERANCE * self._budget:
+                if len(data) >= TOLERANCE * budget:
                     break
             elif data:
                 highest = target
-            guess = target * 0.995 * self._budget / max(len(data), 1)
+            guess = target * 0.995 * budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
-        self.levels = best_levels
-        return best or self._least(candidates)
+        if best:
+            return best_levels, best
+        levels = self._fewest(candidates)
+        data = self.encode(self._kept(levels))
+        if len(data) > budget:
+            raise BudgetTooSmall(len(data))
+        return levels, data
 
-    def _least(self, candidates: list[Candidates]) -> bytes:
-        """The one component that takes the fewest bytes, if the budget has them."""
+    def least(self) -> int:
+        """Bytes of the smallest coded offsets that hold anything."""
+        candidates = self.candidates()
+        some = any((candidate.energies > 0).any() for candidate in candidates)
+        return len(self.encode(self._kept(self._fewest(candidates) if some else self._none())))
+
+    def _none(self) -> Levels:
+        """Of an expert that is the merged checkpoint."""
+        return [[] for _ in self._layout]
+
+    def _fewest(self, candidates: list[Candidates]) -> Levels:
+        """The one component that takes the fewest bytes."""
         prices = [float(c.bits[c.hull[0]]) if (c.energies > 0).any() else math.inf for c in candidates]
         cheapest = prices.index(min(prices))
-        levels: list[list[int]] = [[] for _ in candidates]
+        levels = self._none()
         [levels[cheapest]] = allocate([candidates[cheapest]], prices[cheapest])
-        data = self._encode(levels)
-        if len(data) > self._budget:
-            raise BudgetTooSmall(len(data))
-        return data
+        return levels
 
     def _candidates(self, name: str) -> Candidates:
         return self._prepared[name][1] if name in self._prepared else Candidates(*(np.zeros(0) for _ in range(3)))
 
-    def _encode(self, levels: list[list[int]]) -> bytes:
-        """Quantise the right vectors, re-fit the left ones to what they became (least squares), quantise those."""
-        return self.encode_kept(self.kept(levels))
-
-    def kept(self, levels: list[list[int]]) -> dict[str, Kept]:
+    def _kept(self, levels: Levels) -> dict[str, Kept]:
         """The components that ``levels`` keep, their left vectors fitted to the decoded right ones."""
         named = {name: tuple(chosen) for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
         rights = _Quantised()
@@ -139,8 +168,8 @@ class OffsetFitter:
                 found[name] = Kept(components[:, None], None, chosen)
         return found
 
-    def encode_kept(self, kept: Mapping[str, Kept]) -> bytes:
-        """Bytes of components as they are given."""
+    def encode(self, kept: Mapping[str, Kept]) -> bytes:
+        """Bytes of components as they are given, whatever the budget."""
         rights, lefts = _Quantised(), _Quantised()
         scales: dict[str, list[int]] = {}
         for name, components in kept.items():
@@ -157,10 +186,7 @@ class OffsetFitter:
             left_symbols = lefts.symbols.get(name, [])
             right_symbols: Sequence[Tensor | None] = rights.symbols.get(name) or [None] * len(chosen)
             coded.append(
-                [
-                    Coded(*parts)
-                    for parts in zip(chosen, scales.get(name, []), left_symbols, right_symbols, strict=True)
-                ]
+                [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left_symbols, right_symbols, strict=True)]
             )
         return stream.encode(coded, {**rights.shifts(), **lefts.shifts()})
 

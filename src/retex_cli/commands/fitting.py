@@ -1,0 +1,274 @@
+"""Fitting experts one after another, tensors side by side; finished tensors lie on disk until the file is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from retex_cli.commands.agreement import Agreement, Judge, reach
+from retex_cli.commands.corrections import stored_name
+from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
+from retex_cli.commands.task_fit import SMALLEST, TaskFit
+from retex_cli.errors import RetexError
+from retex_cli.io.artefact import Stored, stored_in
+from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.provenance import fingerprint, tensor_digest
+from retex_cli.io.scratch import Scratch
+from retex_cli.offsets import lossless
+from retex_cli.offsets.domain import to_domain
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
+from retex_cli.offsets.fixed import prediction
+from retex_cli.offsets.pieces import from_tensors, to_tensors
+from retex_cli.offsets.shares import share_out
+from retex_cli.offsets.stream import decode
+from retex_cli.offsets.total import Noise
+from retex_cli.parallel import ordered_map
+from retex_cli.progress import Progress
+
+CODED = "coded"
+
+
+@dataclass(frozen=True)
+class FittedTask:
+    """All that an offsets file gets of one task. ``tensors`` by their names in the file, in the order they stand there;
+    ``files``: its side files by SHA-256, wherever they will be found later."""
+
+    record: TaskRecord
+    tensors: Mapping[str, Tensor | Stored]
+    files: Mapping[str, bytes]
+    agreement: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of an expert: the SHA-256 of its data, and what was prepared of its offset if it has one."""
+
+    digest: bytes
+    prepared: Prepared | None = None
+    noise: Noise | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A fitter that has seen every tensor of an expert, and the SHA-256 of those tensors."""
+
+    fitter: OffsetFitter
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number.
+
+    ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
+    to be reached.
+    """
+
+    merged: Checkpoint
+    device: torch.device
+    threads: int
+    scratch: Scratch
+    progress: Progress
+    together: bool = False
+    judge: Judge | None = None
+
+    def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
+        """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
+        of reach."""
+        done = [self.scratch.get(f"{CODED}/{fit.task}") is not None for fit in fits]
+        shared = self._shared_budget(fits) if self.together and not all(done) else {}
+        for fit in fits:
+            yield self._task(fit, shared.get(fit.task))
+
+    def _task(self, fit: TaskFit, prepared: _Prepared | None) -> FittedTask:
+        coded = self.scratch.get(f"{CODED}/{fit.task}")
+        if coded is None:
+            self._code(fit, prepared or self._prepare(fit))
+            coded = self.scratch.get(f"{CODED}/{fit.task}")
+            assert coded is not None, "it was put there just now"
+        tensors, texts = coded
+        data = tensors["data"].numpy().tobytes()
+        digests = {name: bytes.fromhex(digest) for name, digest in json.loads(texts["digests"]).items()}
+        corrections = self._corrections(fit, data) if fit.lossless else {}
+        files = read_files(fit.expert.side_files())
+        size = sum(stored.shape[0] for stored in corrections.values())
+        record = _record(fit, data, int(texts["budget"]), size, files, digests)
+        offsets = {f"offsets/{fit.task}": self.scratch.stored(f"{CODED}/{fit.task}", "data")}
+        agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
+        return FittedTask(record, {**_task_tensors(fit), **offsets, **corrections}, known([files]), agreement)
+
+    def _shared_budget(self, fits: Sequence[TaskFit]) -> dict[str, _Prepared]:
+        """All tasks prepared, each with its share of the budget that they have together."""
+        prepared = {fit.task: self._prepare(fit) for fit in fits}
+        fitters = [each.fitter for each in prepared.values()]
+        least, budget = [fitter.least() for fitter in fitters], fits[0].budget
+        if sum(least) > budget:
+            raise RetexError(
+                f"the budget {fits[0].asked!r} is {budget:,} bytes; the least that holds anything of every task is "
+                f"{sum(least):,} bytes",
+                f"give --total-budget {sum(least)} or more",
+            )
+        shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
+        for fitter, share in zip(fitters, shares, strict=True):
+            fitter.budget = share
+        return prepared
+
+    def _prepare(self, fit: TaskFit) -> _Prepared:
+        fitter = OffsetFitter(layout_of(self.merged), fit.budget)
+        merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
+        names = list(fit.expert.tensors)
+        self.progress.start(f"fitting {fit.task}", len(names))
+        digests, noises = {}, {}
+        pieces = ordered_map(lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads)
+        for name, piece in zip(names, pieces, strict=True):
+            digests[name] = piece.digest.hex()
+            if piece.prepared is not None:
+                fitter.update(merged_names[name], piece.prepared)
+            if piece.noise is not None:
+                noises[merged_names[name]] = piece.noise
+            self.progress.advance()
+        if fit.asked == SMALLEST:
+            fitter.lower_budget(noises)
+        return _Prepared(fitter, digests)
+
+    def _code(self, fit: TaskFit, prepared: _Prepared) -> None:
+        """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
+        fitter = prepared.fitter
+        texts = {"digests": json.dumps(prepared.digests)}
+        if self.judge is not None:
+            found = reach(fit, fitter, self.judge, self.progress)
+            data, fitter.budget = found.data, found.budget
+            texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
+        else:
+            data = _within_budget(fit, fitter)
+        texts["budget"] = str(fitter.budget)
+        self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
+        if not self.together:  # what shares a budget is needed until all of it is coded
+            for name in fit.expert.tensors:
+                self.scratch.drop(f"tensor/{fit.task}/{name}")
+
+    def _piece(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter) -> _Piece:
+        """What was put aside of a tensor, or what is made of it and put aside now."""
+        place = f"tensor/{fit.task}/{name}"
+        found = self.scratch.get(place)
+        if found is None:
+            piece = self._made(fit, name, ours, fitter)
+            texts = {"digest": piece.digest.hex()} | ({"noise": json.dumps(asdict(piece.noise))} if piece.noise else {})
+            self.scratch.put(place, {} if piece.prepared is None else to_tensors(piece.prepared), texts)
+            found = self.scratch.get(place)
+            assert found is not None, "it was put there just now"
+        tensors, texts = found
+        noise = Noise(**json.loads(texts["noise"])) if "noise" in texts else None
+        return _Piece(bytes.fromhex(texts["digest"]), from_tensors(tensors) if tensors else None, noise)
+
+    def _made(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter) -> _Piece:
+        tensor = fit.expert.read(name)
+        digest = tensor_digest(tensor)
+        if ours is None or not tensor.is_floating_point():
+            return _Piece(digest)
+        shared = fit.shared_part(ours, tensor)
+        delta = to_domain(ours, shared.to(self.device)) - to_domain(ours, self.merged.read(ours).to(self.device))
+        if not bool(delta.isfinite().all()):
+            raise RetexError(
+                f"{fit.expert.tensors[name].file}: tensor {name!r} of task {fit.task!r} holds NaN or infinity",
+                "repair the expert or leave it out",
+            )
+        noise = lossless.noise_of(shared, delta) if fit.asked == SMALLEST else None
+        return _Piece(digest, fitter.prepare(delta), noise)
+
+    def _corrections(self, fit: TaskFit, data: bytes) -> dict[str, Stored]:
+        """What the expert's shared tensors are beyond what ``data``, the coded offsets, predicts; by name in the
+        file."""
+        factors = decode(data, layout_of(self.merged))
+        names = [name for name, _ in layout_of(self.merged) if name in fit.alignment.shared]
+        self.progress.start(f"correcting {fit.task}", len(names))
+
+        def correct(name: str) -> None:
+            place = stored_name(fit.task, fit.alignment.shared[name])
+            if self.scratch.get(place) is None:
+                expert = fit.shared_part(name, fit.expert.read(fit.alignment.shared[name]))
+                predicted = prediction(name, self.merged.read(name), factors.get(name), expert.dtype)
+                self.scratch.put(place, {"data": as_tensor(lossless.encode(expert, predicted))})
+
+        found = {}
+        for name, _ in zip(names, ordered_map(correct, names, self.threads), strict=True):
+            place = stored_name(fit.task, fit.alignment.shared[name])
+            found[place] = self.scratch.stored(place, "data")
+            self.progress.advance()
+        return found
+
+
+@contextmanager
+def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.device) -> Iterator[Scratch]:
+    """Where finished tensors of one fit lie: found again by a fit of the same files with the same options.
+
+    An interruption leaves them there; success and a refusal do not.
+    """
+    key = json.dumps([recipe, torch.__version__, device.type], sort_keys=True)
+    scratch = Scratch(output, hashlib.sha256(key.encode()).hexdigest())
+    try:
+        yield scratch
+    except RetexError:
+        scratch.remove()
+        raise
+    scratch.remove()
+
+
+def _within_budget(fit: TaskFit, fitter: OffsetFitter) -> bytes:
+    try:
+        return fitter.finish()
+    except BudgetTooSmall as error:
+        raise RetexError(
+            f"the budget {fit.asked!r} is {fit.budget:,} bytes for task {fit.task!r}; the least that holds "
+            f"anything is {error.minimum:,} bytes",
+            f"give --budget {error.minimum} or more",
+        ) from error
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """uint8 [bytes]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _task_tensors(fit: TaskFit) -> dict[str, Stored]:
+    tensors = {f"tensors/{fit.task}/{name}": stored_in(fit.expert, name) for name in fit.alignment.task}
+    for name in fit.alignment.rows:
+        expert_name = fit.alignment.shared[name]
+        tensors[f"rows/{fit.task}/{expert_name}"] = _extra_rows(fit, name, expert_name)
+    return tensors
+
+
+def _extra_rows(fit: TaskFit, name: str, expert_name: str) -> Stored:
+    info, count = fit.expert.tensors[expert_name], fit.alignment.rows[name]
+    shape = (info.shape[0] - count, *info.shape[1:])
+    return Stored(info.dtype, shape, lambda: fit.expert.read(expert_name)[count:])
+
+
+def _record(
+    fit: TaskFit, data: bytes, budget: int, correction: int, files: Mapping[str, bytes], digests: Mapping[str, bytes]
+) -> TaskRecord:
+    infos = fit.expert.tensors
+    dtype, dtypes = usual_dtype({name: infos[name].dtype for name in fit.alignment.shared.values()})
+    return TaskRecord(
+        expert=fit.expert.reference,
+        revision=fit.expert.revision,
+        fingerprint=fingerprint({name: (info.dtype, info.shape, digests[name]) for name, info in infos.items()}),
+        expert_bytes=sum(file.stat().st_size for file in fit.expert.files),
+        offset_bytes=len(data),
+        budget_bytes=budget,
+        checksum=hashlib.sha256(data).hexdigest(),
+        prefix=fit.alignment.prefix,
+        names=naming(fit.alignment),
+        absent=fit.alignment.kept,
+        dtype=dtype,
+        dtypes=dtypes,
+        rows=fit.alignment.rows,
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        correction_bytes=correction,
+    )
