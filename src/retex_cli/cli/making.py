@@ -229,6 +229,9 @@ def fit_offsets(
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="NAME", help="Take a task out of the file. Repeat.")
     ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Train the offsets on each task's unlabelled inputs, within the budget.")
+    ] = False,
     base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
     inputs: shared.Inputs = None,
     model: shared.Model = None,
@@ -239,6 +242,7 @@ def fit_offsets(
     ] = None,
     device: shared.Device = "auto",
     threads: shared.Threads = None,
+    seed: shared.Seed = 0,
     overwrite: shared.Overwrite = False,
     workspace: shared.Place = None,
     dry_run: shared.DryRun = False,
@@ -249,13 +253,15 @@ def fit_offsets(
     """Fit what brings each expert back.
 
     The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data, except for
-    --target, which compares answers on the last quarter of each task's unlabelled inputs. What a task has beyond the
+    --target, which compares answers on the last quarter of each task's unlabelled inputs, and for --refine, which lets
+    the recovered network learn the expert's features and answers on the first 256 of them. What a task has beyond the
     base (its head, labels, tokenizer) travels in the same file. With --lossless recovery gives the expert back bit for
     bit, checked by SHA-256.
 
     \b
     retex fit-offsets --budget 0.25%
     retex fit-offsets --target 99.5
+    retex fit-offsets --budget 0.1% --refine
     retex fit-offsets --merged merged/ --expert cars=org/base-cars --expert dtd=dtd/
     retex fit-offsets --add pets=org/base-pets
     """
@@ -280,6 +286,8 @@ def fit_offsets(
         model=model_of(space, model),
         batch_size=batch_size or space.eval.batch_size or 32,
         lossless=lossless,
+        refine=refine,
+        seed=seed,
         base=base or space.base,
         device=device,
         threads=threads,

@@ -29,6 +29,7 @@ from retex_cli.commands.offsets_file import (
     tasks_json,
     version_of,
 )
+from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
 from retex_cli.commands.task_fit import TaskFit, bring, match_experts, source_of_base
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import FORMAT_KEY, VERSION_KEY, Stored, check_artefact, stored_in, write_artefact
@@ -48,6 +49,7 @@ class ChangeOffsetsPlan:
     merged: OffsetsFile | None
     added: tuple[TaskFit, ...]
     held_out: Mapping[str, Held]
+    refine: Mapping[str, RefineInputs]
 
     def report(self) -> FitOffsetsReport:
         return self.report_of({fit.task: fit.row() for fit in self.added}, None)
@@ -104,7 +106,8 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     nbytes += sum(fit.most_bytes for fit in added)
     check_artefact(config.output, overwrite=True, inputs=inputs, nbytes=nbytes)
     held_out = held_out_inputs(list(config.add), config.inputs) if config.target is not None else {}
-    return ChangeOffsetsPlan(config, file, left, merged, added, held_out)
+    refine = refine_inputs(list(config.add), config.inputs, config.wish, config.refine)
+    return ChangeOffsetsPlan(config, file, left, merged, added, held_out, refine)
 
 
 def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
@@ -124,7 +127,8 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     judge = Judge.of(config.target, plan.added, plan.held_out, merged, device, config.model, config.batch_size, threads)
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
     with scratch_beside(config.output, key, device) as scratch:
-        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge)
+        refiner = Refiner.of(plan.added, plan.refine, merged, device, config.model, config.seed, threads)
+        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge, refiner=refiner)
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -157,6 +161,7 @@ def _recipe(
     old = json.loads(plan.file.metadata.get("recipe", "{}"))
     config, version = plan.config, retex_cli.__version__
     how = {"budget": config.wish.words, "lossless": config.lossless, **inputs_recipe(plan.held_out, config.model)}
+    how |= refine_recipe(plan.refine, config.model, config.seed)
     added = {fit.task: {**fit.recipe(), **how, **agreements.get(fit.task, {})} for fit in plan.added}
     experts = {task: entry for task, entry in old.get("experts", {}).items() if task not in config.remove}
     change = {"retex": version, "removed": list(config.remove), "added": sorted(added)}

@@ -22,6 +22,7 @@ from retex_cli.commands.offsets_file import (
     tasks_json,
     version_of,
 )
+from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
 from retex_cli.commands.task_fit import TaskFit, Wish, bring, match_experts, source_of, source_of_base
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import Stored, check_artefact, write_artefact
@@ -40,8 +41,8 @@ class FitOffsetsConfig:
     (share of held-out inputs, the last quarter of each task's ``inputs``, on which the recovered expert gives the
     expert's own answer; the smallest budget that does it) is given. With none it is a budget of 0.25%, or with
     ``lossless`` what makes offsets and correction smallest together. ``model`` and ``batch_size`` say how inputs are
-    run. ``add`` (task -> reference) and ``remove`` change the file ``output`` instead of making it: see
-    ``change_offsets``.
+    run. ``refine`` trains the offsets on the first of each task's ``inputs``, with ``seed``. ``add`` (task ->
+    reference) and ``remove`` change the file ``output`` instead of making it: see ``change_offsets``.
     """
 
     merged: str
@@ -60,6 +61,8 @@ class FitOffsetsConfig:
     inputs: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     batch_size: int = 32
+    refine: bool = False
+    seed: int = 0
 
     @property
     def wish(self) -> Wish:
@@ -75,6 +78,7 @@ class FitOffsetsPlan:
     merged: Checkpoint
     tasks: tuple[TaskFit, ...]
     held_out: Mapping[str, Held]
+    refine: Mapping[str, RefineInputs]
 
     def report(self) -> FitOffsetsReport:
         rows = {fit.task: fit.row() for fit in self.tasks}
@@ -91,7 +95,8 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
     nbytes = sum(fit.most_bytes for fit in tasks)
     check_artefact(config.output, overwrite=config.overwrite, inputs=inputs, nbytes=nbytes)
     held_out = held_out_inputs(list(config.experts), config.inputs) if config.target is not None else {}
-    return FitOffsetsPlan(config, merged, tasks, held_out)
+    refine = refine_inputs(list(config.experts), config.inputs, config.wish, config.refine)
+    return FitOffsetsPlan(config, merged, tasks, held_out, refine)
 
 
 def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
@@ -107,7 +112,9 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
         judge = Judge.of(
             config.target, plan.tasks, plan.held_out, merged, device, config.model, config.batch_size, threads
         )
-        fitting = Fitting(merged, device, threads, scratch, progress, config.total_budget is not None, judge)
+        refiner = Refiner.of(plan.tasks, plan.refine, merged, device, config.model, config.seed, threads)
+        together = config.total_budget is not None
+        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner)
         for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -147,4 +154,5 @@ def _recipe(plan: FitOffsetsPlan, progress: Progress) -> dict[str, object]:
         "experts": {fit.task: fit.recipe() for fit in plan.tasks},
         **source_of_base(plan.tasks, config.base),
         **inputs_recipe(plan.held_out, config.model),
+        **refine_recipe(plan.refine, config.model, config.seed),
     }

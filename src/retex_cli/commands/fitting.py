@@ -14,6 +14,7 @@ from torch import Tensor
 from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
+from retex_cli.commands.refine import Refiner
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
 from retex_cli.errors import RetexError
 from retex_cli.io.artefact import Stored, stored_in
@@ -21,6 +22,7 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.provenance import fingerprint, tensor_digest
 from retex_cli.io.scratch import Scratch
 from retex_cli.offsets import lossless
+from retex_cli.offsets.batchnorm import EPSILON, folded, norms, weights
 from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
@@ -67,7 +69,7 @@ class Fitting:
     """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number.
 
     ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
-    to be reached.
+    to be reached. ``refiner``: what trains the offsets on inputs, if anything does.
     """
 
     merged: Checkpoint
@@ -77,6 +79,7 @@ class Fitting:
     progress: Progress
     together: bool = False
     judge: Judge | None = None
+    refiner: Refiner | None = None
 
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
@@ -120,7 +123,8 @@ class Fitting:
         return prepared
 
     def _prepare(self, fit: TaskFit) -> _Prepared:
-        fitter = OffsetFitter(layout_of(self.merged), fit.budget)
+        layout = layout_of(self.merged)
+        fitter = OffsetFitter(layout, fit.budget, {} if fit.lossless else weights(layout))
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         self.progress.start(f"fitting {fit.task}", len(names))
@@ -135,7 +139,19 @@ class Fitting:
             self.progress.advance()
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
+        if not fit.lossless:
+            self._fold(fit, fitter)
         return _Prepared(fitter, digests)
+
+    def _fold(self, fit: TaskFit, fitter: OffsetFitter) -> None:
+        """Tell the fitter what BatchNorm layers come down to; a correction would find little of the expert in it."""
+        theirs = fit.alignment.shared
+        for norm in norms(layout_of(self.merged)):
+            if not all(name in theirs for name in norm.names):
+                continue
+            wanted = folded(norm, lambda name: fit.expert.read(theirs[name]), self.merged.read, EPSILON)
+            for name, value in wanted.items():
+                fitter.fold(name, fitter.prepare(to_domain(name, value) - to_domain(name, self.merged.read(name))))
 
     def _code(self, fit: TaskFit, prepared: _Prepared) -> None:
         """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
@@ -146,7 +162,8 @@ class Fitting:
             data, fitter.budget = found.data, found.budget
             texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
         else:
-            data = _within_budget(fit, fitter)
+            with _budget_in_words(fit):
+                data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, self.progress)
         texts["budget"] = str(fitter.budget)
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
         if not self.together:  # what shares a budget is needed until all of it is coded
@@ -220,9 +237,10 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
     scratch.remove()
 
 
-def _within_budget(fit: TaskFit, fitter: OffsetFitter) -> bytes:
+@contextmanager
+def _budget_in_words(fit: TaskFit) -> Iterator[None]:
     try:
-        return fitter.finish()
+        yield
     except BudgetTooSmall as error:
         raise RetexError(
             f"the budget {fit.asked!r} is {fit.budget:,} bytes for task {fit.task!r}; the least that holds "

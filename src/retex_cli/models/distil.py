@@ -190,7 +190,7 @@ def _feature_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tenso
 
 
 def answer_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over inputs of the divergence of class probabilities; of other outputs the squared error by their variance."""
+    """The mean divergence of class probabilities [n, classes]; of other outputs the squared error by their variance."""
     ours, theirs = found.float(), wanted.float()
     if theirs.ndim == 2 and theirs.shape[1] > 1:
         return (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).mean()

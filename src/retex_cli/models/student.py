@@ -52,13 +52,13 @@ class Student:
     def _listens(self, name: str, layer: nn.Module) -> bool:
         """Give a layer the forward pass that computes with what is taken; False where its kind has none."""
         weight = f"{name}.weight"
-        if isinstance(layer, _BatchNorm):
-            layer.forward = _batchnorm(layer)
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+            layer.__dict__["forward"] = _batchnorm(layer)
             return False
         if type(layer) is nn.Linear:
-            layer.forward = self._linear(layer, weight)
+            layer.__dict__["forward"] = self._linear(layer, weight)
         elif type(layer) is nn.Embedding and layer.max_norm is None:
-            layer.forward = self._embedding(layer, weight)
+            layer.__dict__["forward"] = self._embedding(layer, weight)
         else:
             return False
         pointer = layer.weight.data_ptr()  # a tied weight is two layers', and has one offset
@@ -87,7 +87,8 @@ def _batchnorm(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
     """As in use, but gradients reach the running statistics, which torch's own does not give."""
 
     def forward(x: Tensor) -> Tensor:
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None, "a layer without running statistics is not patched"
+        assert layer.running_var is not None
         scale = torch.rsqrt(layer.running_var + layer.eps)
         scale = scale if layer.weight is None else scale * layer.weight
         shift = -layer.running_mean * scale

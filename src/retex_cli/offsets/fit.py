@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from retex_cli.offsets.trainable import Kept
 
 TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
+FOLDED = 0.04
+"""Of the fp32 bytes: with less, BatchNorm's four vectors are coded as two."""
 COMPONENT_BITS = 6.0
 """What a kept component costs beside its entries: its level and its scale, entropy coded."""
 MEASURED = 8
@@ -47,13 +50,18 @@ class BudgetTooSmall(ValueError):
 class OffsetFitter:
     """Grows tensor by tensor, then turns into bytes: ``update`` for every shared tensor, ``finish`` once.
 
-    ``layout`` is every shared tensor's (name, shape) in sorted order; ``budget`` the bytes that ``finish`` may use.
+    ``layout`` is every shared tensor's (name, shape) in sorted order; ``budget`` the bytes that ``finish`` may use;
+    ``weights`` by how much a squared error in a tensor counts for more than in others, 1 by default.
     """
 
-    def __init__(self, layout: Sequence[tuple[str, Shape]], budget: int) -> None:
+    def __init__(
+        self, layout: Sequence[tuple[str, Shape]], budget: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         self._layout = list(layout)
         self.budget = budget
+        self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
+        self._folded: dict[str, Prepared] = {}
 
     def prepare(self, delta: Tensor) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
@@ -69,6 +77,15 @@ class OffsetFitter:
     def update(self, name: str, prepared: Prepared) -> None:
         """Takes what ``prepare`` made of the offset of tensor ``name``."""
         self._prepared[name] = prepared
+        self._folded.pop(name, None)
+
+    def fold(self, name: str, prepared: Prepared) -> None:
+        """Takes another offset of ``name``, for budgets too small for its own: see ``batchnorm``."""
+        self._folded[name] = prepared
+
+    def _of(self, name: str) -> Prepared:
+        small = self.budget < FOLDED * sum(4 * math.prod(shape) for _, shape in self._layout)
+        return self._folded[name] if small and name in self._folded else self._prepared[name]
 
     def _affordable(self, shape: Shape) -> int:
         """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
@@ -144,14 +161,17 @@ class OffsetFitter:
         return levels
 
     def _candidates(self, name: str) -> Candidates:
-        return self._prepared[name][1] if name in self._prepared else Candidates(*(np.zeros(0) for _ in range(3)))
+        if name not in self._prepared:
+            return Candidates(*(np.zeros(0) for _ in range(3)))
+        candidates = self._of(name)[1]
+        return replace(candidates, energies=candidates.energies * self.weights.get(name, 1.0))
 
     def _kept(self, levels: Levels) -> dict[str, Kept]:
         """The components that ``levels`` keep, their left vectors fitted to the decoded right ones."""
         named = {name: tuple(chosen) for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
         rights = _Quantised()
         for name, chosen in named.items():
-            components = self._prepared[name][0]
+            components = self._of(name)[0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
                 for row, level in zip(components.right, chosen, strict=False):
@@ -159,7 +179,7 @@ class OffsetFitter:
                     rights.add(name, context, row * unit)
         found = {}
         for name, chosen in named.items():
-            components = self._prepared[name][0]
+            components = self._of(name)[0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
                 left = _refit(components, torch.stack(rights.decoded(name)) / unit)
@@ -189,6 +209,21 @@ class OffsetFitter:
                 [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left_symbols, right_symbols, strict=True)]
             )
         return stream.encode(coded, {**rights.shifts(), **lefts.shifts()})
+
+    def encode_within(self, kept: Mapping[str, Kept]) -> bytes:
+        """``encode``, without the components of the least weight where the budget does not hold them all."""
+        data = self.encode(kept)
+        weakest = sorted(
+            (self.weights.get(name, 1.0) * energy / bits, name, index)
+            for name, components in kept.items()
+            for index, (energy, bits) in enumerate(components.worth())
+        )
+        dropped = 0
+        while len(data) > self.budget and dropped < len(weakest):
+            dropped += max(dropped // 4, 1)
+            gone = {(name, index) for _, name, index in weakest[:dropped]}
+            data = self.encode({name: c for name in kept if (c := kept[name].without(gone, name)) is not None})
+        return data
 
 
 def _refit(components: Components, right: Tensor) -> Tensor:
