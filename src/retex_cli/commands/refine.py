@@ -18,7 +18,8 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.digests import sha256_path
 from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers, measure_batchnorm
-from retex_cli.models.distil import Schedule, distil
+from retex_cli.models.device import inference
+from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
 from retex_cli.models.student import Factors, Student
@@ -116,15 +117,28 @@ class Refiner:
             learner = _Learner(trainable, fit, student)
             schedule = TEXTS if rows[0].text is not None else OTHERS
             progress.start(f"refining {fit.task}", schedule.steps)
-            loss = distil(
+            distil(
                 teacher, network, student, learner, rows, schedule,
                 seed=self.seed, threads=self.threads, progress=progress,
             )  # fmt: skip
-        progress.note(
-            f"{fit.task}: features within {100 * loss.features:.1f} % of the expert's variance, "
-            f"answers {loss.answers:.4f} nats from its own"
-        )
-        return fitter.encode_within(trainable.kept())
+            found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
+            return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
+
+    def _best(self, fit: TaskFit, teacher: Network, found: Mapping[str, bytes], progress: Progress) -> bytes:
+        """The offsets whose answers to the inputs are nearest to the expert's: never worse than none at all."""
+        batches = list(_batches(teacher, self.inputs[fit.task].rows))
+        wanted = _answers(teacher, batches)
+        distances = {}
+        with self.models.network(fit.task) as network:
+            for name, data in found.items():
+                self.models.load_merged(network, fit.task, self._recovered(fit, data))
+                distances[name] = float(answer_loss(_answers(network, batches), wanted))
+        best = min(distances, key=lambda name: distances[name])
+        told = ", ".join(f"{name} {distance:.4f}" for name, distance in distances.items())
+        if best != next(iter(found)):
+            progress.note(f"{fit.task}: training did not help, so its offsets are kept {best}")
+        progress.note(f"{fit.task}: distance of answers from the expert's on its inputs: {told}")
+        return found[best]
 
     def _settle_batchnorm(
         self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example], progress: Progress
@@ -172,6 +186,12 @@ def _batches(network: Network, rows: Sequence[Example]) -> Iterator[Inputs]:
     for start in range(0, len(rows), BATCH):
         if start == 0 or len(rows) - start > BATCH // 2:
             yield network.inputs(rows[start : start + BATCH])
+
+
+def _answers(network: Network, batches: Sequence[Inputs]) -> Tensor:
+    """Of all inputs, on the CPU."""
+    with inference(network.device):
+        return torch.cat([answer_of(network.module(**inputs)).float().cpu() for inputs in batches])
 
 
 class _Learner:
