@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Degradation = Callable[[Tensor, torch.Generator], Tensor]
-SIZE = 24
+SIZE = 16
 """Pixels of a patch's side."""
 
 
@@ -68,7 +68,7 @@ class Recipe:
     steps: int
     seed: int = 0
     rate: float = 2e-3
-    batch_size: int = 16
+    batch_size: int = 8
     size: int = SIZE
 
     @property
@@ -77,7 +77,7 @@ class Recipe:
         return cache_dir() / "experts" / f"restore-{self.task}-{digest}"
 
 
-BASE = Recipe("base", steps=250)
+BASE = Recipe("base", steps=200)
 
 
 def photographs(test: bool) -> list[Tensor]:
@@ -166,7 +166,7 @@ def main() -> None:
     """Read the command line and make the family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each expert")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of each expert")
     arguments = parser.parse_args()
     make(arguments.workspace, arguments.steps)
 

@@ -33,7 +33,7 @@ from retex_cli.progress import Progress
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
-TEXTS = Schedule(steps=320, batch_size=16)
+TEXTS = Schedule(steps=320, batch_size=16, rate=0.02)
 OTHERS = Schedule(steps=320, batch_size=32)
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from retex_cli.io.inputs import Example
 from retex_cli.models.device import has_fast_bf16
@@ -27,6 +28,8 @@ HALVES = 2
 SETTLE = 16
 """Steps between two measurements of where coded values decode to."""
 WARMUP = 10
+BEGINNING = 0.5
+"""How often a text longer than the network reads is read from its beginning, as it is in use."""
 JITTER = 0.3
 """How far an input may stray from its place in the order of lengths, as a share of all inputs."""
 
@@ -86,7 +89,7 @@ def distil(
     last: list[Loss] = []
     batches = _batches(examples, schedule, generator)
     for step, batch in enumerate(batches):
-        inputs = _mixed(network.inputs(batch), generator)
+        inputs = _mixed(network.inputs([_window(one, network.max_length, generator) for one in batch]), generator)
         values = learner.values()
         leaves = {name: _leaf(value) for name, value in values.items()}
         student.take(leaves)
@@ -135,6 +138,16 @@ def _batches(examples: Sequence[Example], schedule: Schedule, generator: torch.G
             done += 1
 
 
+def _window(example: Example, tokens: int | None, generator: torch.Generator) -> Example:
+    """A text that is longer than the network reads, every other time from somewhere else than its beginning."""
+    words = (example.text or "").split()
+    spare = 0 if tokens is None else len(words) - tokens
+    if spare <= 0 or float(torch.rand((), generator=generator)) < BEGINNING:
+        return example
+    start = int(torch.randint(1, spare + 1, (), generator=generator))
+    return replace(example, text=" ".join(words[start : start + (tokens or 0)]))
+
+
 def _mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     """Images (and other dense inputs) each blended with up to half of another: the inputs are few."""
     dense = {name: x for name, x in inputs.items() if x.ndim >= 3 and (x.is_floating_point() or x.dtype == torch.uint8)}
@@ -158,8 +171,8 @@ def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[T
     parts = [{name: x[start : start + cut] for name, x in inputs.items()} for start in range(0, count, cut)]
 
     def one(part: Inputs) -> tuple[list[Tensor | None], Loss]:
-        device = next(iter(part.values())).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+        device = student.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=student.fast_bf16):
             with torch.no_grad():
                 wanted, wanted_answer = teacher.run(part)
             with torch.enable_grad():
@@ -202,6 +215,10 @@ class _Watched:
 
     def __init__(self, network: Network) -> None:
         self._network = network
+        self.device = network.device
+        convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
+        # gradients of convolutions take twice the time in bfloat16 on a CPU
+        self.fast_bf16 = has_fast_bf16(network.device) and not (convolves and network.device.type == "cpu")
         self._run = threading.local()
         self._names = [] if network.gives_hidden_states else feature_layers(network.module)
         for name in self._names:

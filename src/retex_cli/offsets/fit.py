@@ -62,6 +62,7 @@ class OffsetFitter:
         self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
         self._folded: dict[str, Prepared] = {}
+        self._unfolded = FOLDED * sum(4 * math.prod(shape) for _, shape in layout)
 
     def prepare(self, delta: Tensor) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
@@ -84,8 +85,9 @@ class OffsetFitter:
         self._folded[name] = prepared
 
     def _of(self, name: str) -> Prepared:
-        small = self.budget < FOLDED * sum(4 * math.prod(shape) for _, shape in self._layout)
-        return self._folded[name] if small and name in self._folded else self._prepared[name]
+        if self.budget < self._unfolded and name in self._folded:
+            return self._folded[name]
+        return self._prepared[name]
 
     def _affordable(self, shape: Shape) -> int:
         """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
