@@ -41,7 +41,7 @@ def measure_batchnorm(network: Network, batches: Sequence[dict[str, Tensor]], pr
     try:
         with torch.no_grad():
             for inputs in batches:
-                network.module(**inputs)
+                network.logits(inputs)
                 progress.advance()
     finally:
         for name, layer in layers.items():
