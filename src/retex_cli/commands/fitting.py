@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.commands.agreement import Agreement, Judge, reach
+from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
@@ -37,11 +38,12 @@ CODED = "coded"
 @dataclass(frozen=True)
 class FittedTask:
     """All that an offsets file gets of one task. ``tensors`` by their names in the file, in the order they stand there;
-    ``files``: its side files by SHA-256, wherever they will be found later."""
+    ``files``: its side files by SHA-256, wherever they will be found later; ``checks``: digests of its own tensors."""
 
     record: TaskRecord
     tensors: Mapping[str, Tensor | Stored]
     files: Mapping[str, bytes]
+    checks: Mapping[str, str]
     agreement: Agreement | None = None
 
 
@@ -81,6 +83,7 @@ class Fitting:
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
         of reach."""
+        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)))
         done = [self.scratch.get(f"{CODED}/{fit.task}") is not None for fit in fits]
         shared = self._shared_budget(fits) if self.together and not all(done) else {}
         for fit in fits:
@@ -88,7 +91,10 @@ class Fitting:
 
     def _task(self, fit: TaskFit, prepared: _Prepared | None) -> FittedTask:
         coded = self.scratch.get(f"{CODED}/{fit.task}")
-        if coded is None:
+        if coded is not None:
+            self.progress.note(f"{fit.task}: coded before the fit was interrupted")
+            self.progress.advance(sum(_steps(fit, name) for name in fit.expert.tensors))
+        else:
             self._code(fit, prepared or self._prepare(fit))
             coded = self.scratch.get(f"{CODED}/{fit.task}")
             assert coded is not None, "it was put there just now"
@@ -101,7 +107,9 @@ class Fitting:
         record = _record(fit, data, int(texts["budget"]), size, files, digests)
         offsets = {f"offsets/{fit.task}": self.scratch.stored(f"{CODED}/{fit.task}", "data")}
         agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
-        return FittedTask(record, {**_task_tensors(fit), **offsets, **corrections}, known([files]), agreement)
+        own = _task_tensors(fit)
+        digests_of_own = {name: of_tensor(stored.read()) for name, stored in own.items()}
+        return FittedTask(record, {**own, **offsets, **corrections}, known([files]), digests_of_own, agreement)
 
     def _shared_budget(self, fits: Sequence[TaskFit]) -> dict[str, _Prepared]:
         """All tasks prepared, each with its share of the budget that they have together."""
@@ -123,7 +131,6 @@ class Fitting:
         fitter = OffsetFitter(layout_of(self.merged), fit.budget)
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
-        self.progress.start(f"fitting {fit.task}", len(names))
         digests, noises = {}, {}
         pieces = ordered_map(lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads)
         for name, piece in zip(names, pieces, strict=True):
@@ -132,7 +139,7 @@ class Fitting:
                 fitter.update(merged_names[name], piece.prepared)
             if piece.noise is not None:
                 noises[merged_names[name]] = piece.noise
-            self.progress.advance()
+            self.progress.advance(_steps(fit, name))
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
         return _Prepared(fitter, digests)
@@ -142,7 +149,7 @@ class Fitting:
         fitter = prepared.fitter
         texts = {"digests": json.dumps(prepared.digests)}
         if self.judge is not None:
-            found = reach(fit, fitter, self.judge, self.progress)
+            found = reach(fit, fitter, self.judge)
             data, fitter.budget = found.data, found.budget
             texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
         else:
@@ -187,7 +194,6 @@ class Fitting:
         file."""
         factors = decode(data, layout_of(self.merged))
         names = [name for name, _ in layout_of(self.merged) if name in fit.alignment.shared]
-        self.progress.start(f"correcting {fit.task}", len(names))
 
         def correct(name: str) -> None:
             place = stored_name(fit.task, fit.alignment.shared[name])
@@ -200,7 +206,7 @@ class Fitting:
         for name, _ in zip(names, ordered_map(correct, names, self.threads), strict=True):
             place = stored_name(fit.task, fit.alignment.shared[name])
             found[place] = self.scratch.stored(place, "data")
-            self.progress.advance()
+            self.progress.advance(_steps(fit, fit.alignment.shared[name]))
         return found
 
 
@@ -218,6 +224,16 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
         scratch.remove()
         raise
     scratch.remove()
+
+
+def _steps(fit: TaskFit, name: str) -> int:
+    """What an expert's tensor counts in the progress: large ones take as long as many small ones."""
+    return 1 + fit.expert.tensors[name].numel // 100_000
+
+
+def _work(fit: TaskFit) -> int:
+    steps = sum(_steps(fit, name) for name in fit.expert.tensors)
+    return steps + (sum(_steps(fit, name) for name in fit.alignment.shared.values()) if fit.lossless else 0)
 
 
 def _within_budget(fit: TaskFit, fitter: OffsetFitter) -> bytes:
