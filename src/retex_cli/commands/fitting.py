@@ -30,7 +30,7 @@ from retex_cli.offsets.pieces import from_tensors, to_tensors
 from retex_cli.offsets.shares import share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
-from retex_cli.parallel import ordered_map
+from retex_cli.parallel import give_back_large, ordered_map
 from retex_cli.progress import Progress
 
 CODED = "coded"
@@ -91,6 +91,7 @@ class Fitting:
 
     def _code_all(self, fits: Sequence[TaskFit]) -> None:
         """Every task's coded offsets are put aside; one is coded while the next is prepared."""
+        give_back_large()
         missing = [fit for fit in fits if self.scratch.get(f"{CODED}/{fit.task}") is None]
         for fit in fits:
             if fit not in missing:
