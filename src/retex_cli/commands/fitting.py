@@ -149,7 +149,9 @@ class Fitting:
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         digests, noises = {}, {}
-        pieces = ordered_map(lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads)
+        pieces = ordered_map(
+            lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads, len(names)
+        )  # they wait on disk
         for name, piece in zip(names, pieces, strict=True):
             digests[name] = piece.digest.hex()
             if piece.prepared is not None:
@@ -171,7 +173,7 @@ class Fitting:
             def more(name: str, ranks: Mapping[str, int] = short) -> _Piece:
                 return self._piece(fit, fit.alignment.shared[name], name, fitter, ranks[name])
 
-            for name, piece in zip(short, ordered_map(more, short, self.threads), strict=True):
+            for name, piece in zip(short, ordered_map(more, short, self.threads, len(short)), strict=True):
                 assert piece.prepared is not None, "it has components"
                 fitter.update(name, piece.prepared)
         return looked
