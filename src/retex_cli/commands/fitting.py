@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from retex_cli.allocator import give_back_large
 from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.corrections import stored_name
@@ -30,7 +31,7 @@ from retex_cli.offsets.pieces import from_tensors, to_tensors
 from retex_cli.offsets.shares import share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
-from retex_cli.parallel import give_back_large, ordered_map
+from retex_cli.parallel import ordered_map
 from retex_cli.progress import Progress
 
 CODED = "coded"

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from retex_cli.allocator import give_back_large
 from retex_cli.merging.budget import default_threads
-from retex_cli.parallel import give_back_large
 
 A = TypeVar("A")
 B = TypeVar("B")
