@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 
 def thread_count(threads: int | None) -> int:
     """What ``--threads`` means: that many, or one for each processor this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return threads or usable or 1
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 
 from retex_cli.allocator import give_back_large
-from retex_cli.merging.budget import default_threads
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -83,12 +82,12 @@ class Watched:
 
 
 @contextmanager
-def open_pool(threads: int | None) -> Iterator[Pool]:
+def open_pool(threads: int) -> Iterator[Pool]:
     """A pool of workers, one per core unless told; this thread's torch runs on one thread meanwhile."""
     give_back_large()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = Pool(threads or default_threads())
+    pool = Pool(threads)
     try:
         yield pool
     finally:
