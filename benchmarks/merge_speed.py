@@ -22,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import bars
 import peer
@@ -254,29 +254,23 @@ def timed(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         return {"what": what, "bytes": size, "copy_s": round(copy, 3), "methods": speeds(arguments, bench)}
 
 
-def kept(measured: dict[str, object], versions: dict[str, str]) -> dict[str, object]:
+def kept(measured: dict[str, Any], versions: dict[str, str]) -> dict[str, object]:
     """What is recorded: the last record with this run's methods and sections in the place of its own.
 
     ``commits`` says of every method and section at which commit it was measured.
     """
     found = RESULTS / "merge_speed.json"
-    before: dict[str, object] = json.loads(found.read_text()) if found.is_file() else {}
-    merged = {**before, **measured, "mergekit": versions}
-    for name in ("methods", "commits"):
-        merged[name] = {
-            **cast("dict[str, object]", before.get(name, {})),
-            **cast("dict[str, object]", merged.get(name, {})),
-        }
-    here = provenance()["commit"]
-    new = [*cast("dict[str, object]", measured.get("methods", {})), *(key for key in measured if key in SECTIONS)]
-    merged["commits"] = {**cast("dict[str, object]", merged["commits"]), **dict.fromkeys(new, here)}
-    return merged
+    before = json.loads(found.read_text()) if found.is_file() else {}
+    new = [*measured.get("methods", {}), *(key for key in measured if key in SECTIONS)]
+    methods = {**before.get("methods", {}), **measured.get("methods", {})}
+    commits = {**before.get("commits", {}), **dict.fromkeys(new, provenance()["commit"])}
+    return {**before, **measured, "mergekit": versions, "methods": methods, "commits": commits}
 
 
 def main() -> None:
     """Read the command line, measure, print, write, check."""
     arguments = parsed()
-    result: dict[str, object] = {} if arguments.flat else timed(arguments, arguments.folder)
+    result: dict[str, Any] = {} if arguments.flat else timed(arguments, arguments.folder)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.get("methods", {}), indent=1) + "\n")
     if arguments.flat or arguments.methods == tuple(ROWS):

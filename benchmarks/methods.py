@@ -59,6 +59,7 @@ class Bench:
 
     def __init__(self, folder: Path, rows: int) -> None:
         space = Workspace.load(folder)
+        sys.path.insert(0, str(folder))  # where the module lies that builds a network of its own
         self.base: Checkpoint = open_checkpoint(space.need_base(None))
         references = space.with_experts({})
         experts = {task: open_expert(reference, self.base) for task, reference in references.items()}

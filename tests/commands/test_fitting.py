@@ -29,12 +29,12 @@ class Interrupting:
         self.count, self.last, self._lock = 0, last, threading.Lock()
         prepare = OffsetFitter.prepare
 
-        def counted(fitter: OffsetFitter, delta: torch.Tensor) -> Prepared:
+        def counted(fitter: OffsetFitter, delta: torch.Tensor, rank: int | None = None) -> Prepared:
             with self._lock:
                 if self.count == self.last:
                     raise KeyboardInterrupt
                 self.count += 1
-            return prepare(fitter, delta)
+            return prepare(fitter, delta, rank)
 
         monkeypatch.setattr(OffsetFitter, "prepare", counted)
 
@@ -124,8 +124,8 @@ def test_what_waits_for_the_file_waits_on_disk(made: Path, monkeypatch: pytest.M
     seen: list[fitting.FittedTask] = []
     task = fitting.Fitting._task
 
-    def spied(self: fitting.Fitting, fit: object, prepared: object) -> fitting.FittedTask:
-        seen.append(task(self, fit, prepared))  # type: ignore[arg-type]
+    def spied(self: fitting.Fitting, fit: object) -> fitting.FittedTask:
+        seen.append(task(self, fit))  # type: ignore[arg-type]
         return seen[-1]
 
     monkeypatch.setattr(fitting.Fitting, "_task", spied)

@@ -138,6 +138,16 @@ def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: R
     assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
 
 
+def test_a_merge_measures_in_the_workspaces_own_network(here: Path, retex: Retex) -> None:
+    """From another folder, the module beside ``retex.toml`` is found by merges that run inputs, too."""
+    result = retex("merge", "-w", here, "--batchnorm", "reestimate", "--alpha", "auto", "--method", "task_arithmetic")
+    assert result.code == 0, result.err
+    merged = load_file(here / "merged/model.safetensors")
+    experts = [load_file(here / f"experts/{task}/model.safetensors") for task in SIDES]
+    name = "blocks.1.1.running_mean"
+    assert not torch.allclose(merged[name], (experts[0][name] + experts[1][name]) / 2), "it was measured anew"
+
+
 def test_small_variances_beside_large_ones_come_back(
     tmp_path: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

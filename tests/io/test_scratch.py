@@ -29,15 +29,15 @@ def piece_file(tmp_path: Path) -> Path:
 
 
 def test_a_piece_comes_back_and_outlives_its_file(scratch: Scratch, tmp_path: Path) -> None:
-    assert scratch.get("tensor/cars/a.b") is None
-    scratch.put("tensor/cars/a.b", TENSORS, {"digest": "00ff"})
-    found = scratch.get("tensor/cars/a.b")
+    assert scratch.get("cars/a.b/0") is None
+    scratch.put("cars/a.b/0", TENSORS, {"digest": "00ff"})
+    found = scratch.get("cars/a.b/0")
     assert found is not None
-    later = scratch.stored("tensor/cars/a.b", "turned")
+    later = scratch.stored("cars/a.b/0", "turned")
     assert (later.dtype, later.shape) == (torch.float32, (3, 4))
     assert torch.equal(later.read(), TENSORS["turned"])
-    scratch.drop("tensor/cars/a.b")
-    assert scratch.get("tensor/cars/a.b") is None
+    scratch.drop("cars/")
+    assert scratch.get("cars/a.b/0") is None
     tensors, texts = found
     assert texts["digest"] == "00ff"
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)

@@ -32,9 +32,11 @@ def views() -> list[View]:
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_shares_and_blocks_never_exceed_a_budget_that_is_accepted(name: str, threads: int) -> None:
     method = find_method(name)
-    least, blocks = budget.least(method, views(), threads), budget.block_bytes(method, views(), threads)
-    for given in (least, least + 5 * MEGABYTE, 3 * least, budget.usual(method, views(), threads)):
-        shares = budget.split(method, views(), threads, given)
+    least, usual = budget.least(method, views(), threads), budget.usual(method, views(), threads)
+    for given in (least, least + 5 * MEGABYTE, 3 * least, usual):
+        chosen = budget.fitted(method, views(), threads, given)
+        blocks, shares = budget.block_bytes(method, chosen, threads), budget.split(method, chosen, threads, given)
+        assert given < usual or all(view.block is None for view in chosen), "the fastest blocks where nobody is short"
         assert blocks + shares.finished + shares.ahead <= given
         assert shares.ahead >= max(budget.first_pass_bytes(method, view) for view in views())
         assert 4 * threads * shares.values <= max(shares.ahead, 4 * threads * budget.GRID)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
-from retex_cli.merging.masks import drop_, hashed, keys
+from retex_cli.merging.masks import draws, drop_, drop_each_, keys
 
 
 def mask(density: float, n: int, tasks: tuple[str, ...] = ("a", "b"), seed: int = 0, start: int = 0) -> torch.Tensor:
@@ -26,11 +27,19 @@ def test_entries_neighbours_and_tasks_are_independent() -> None:
         assert abs((kept[0, step:] * kept[0, :-step]).mean() - 0.25) < 0.003
 
 
-def test_every_bit_of_the_hash_is_fair() -> None:
-    bits = hashed(keys(3, "w", ("a",)), 0, 1 << 18)
-    assert bits.min() >= 0
-    for bit in range(31):
-        assert abs((bits >> bit & 1).float().mean() - 0.5) < 0.005
+def test_every_bit_of_a_draw_is_fair() -> None:
+    drawn = draws(keys(3, "w", ("a",)), 0, 1 << 18)
+    for bit in range(16):
+        assert abs((drawn >> bit & 1).mean() - 0.5) < 0.005
+
+
+def test_chances_of_their_own_are_met_one_by_one() -> None:
+    chances = torch.tensor([0.02, 0.3, 0.9, 1.0]).repeat(250_000)[None]
+    kept = drop_each_(torch.ones(1, 1_000_000), chances, keys(0, "w", ("a",)), 0).view(-1, 4).mean(0)
+    assert torch.allclose(kept, chances[0, :4], atol=0.003)
+    assert kept[3] == 1
+    shared = drop_each_(torch.ones(2, 5000), torch.full((2, 5000), 0.4), keys(0, "w", ("a", "b")), 7)
+    assert torch.equal(shared, mask(0.4, 5000, start=7)), "the same draws decide"
 
 
 def test_a_mask_does_not_depend_on_where_a_block_begins() -> None:
@@ -42,21 +51,12 @@ def test_a_mask_does_not_depend_on_where_a_block_begins() -> None:
     assert not torch.equal(mask(0.3, 100, start=1 << 31), mask(0.3, 100))
 
 
-def by_hand(seed: int, name: str, task: str, index: int) -> int:
-    """The hash in plain integers, as a file's recipe promises it."""
-
-    def signed(x: int) -> int:
-        return (x + 2**31) % 2**32 - 2**31
-
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()[:4], "little") % 2**31
-    x = (index ^ (index >> 31) * 0x1E3779B1) % 2**31 ^ key
-    x = signed((x ^ x >> 16) * 0x7FEB352D)
-    return (x ^ x >> 15) * 0x846CA68B % 2**31
-
-
-def test_the_hash_is_the_one_that_files_were_made_with() -> None:
-    for start in (0, 4096, (3 << 31) + 17, (1 << 31) - 20):
-        bits = hashed(keys(5, "layer.0.weight", ("cars", "dtd")), start, 50)
-        wanted = [[by_hand(5, "layer.0.weight", task, start + i) for i in range(50)] for task in ("cars", "dtd")]
-        assert bits.tolist() == wanted
-    assert [by_hand(0, "w", "a", i) for i in range(2)] == [407351897, 1821221948]
+def test_draws_are_the_stream_of_philox_that_recipes_promise() -> None:
+    """A merge made again from its recipe has the same masks: the key, the order of the stream and its 16-bit parts."""
+    digest = hashlib.sha256(b"5\0cars\0layer.0.weight").digest()
+    stream = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(100)
+    wanted = [int(word) >> shift & 0xFFFF for word in stream for shift in (0, 16, 32, 48)]
+    key = keys(5, "layer.0.weight", ("cars", "dtd"))
+    for start, length in ((0, 400), (3, 100), (16, 16), (33, 1)):
+        assert draws(key, start, length)[0].tolist() == wanted[start : start + length]
+    assert draws(key, 0, 4)[1].tolist() != wanted[:4]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retex_cli.merging.masks import hashed, keys
+from retex_cli.merging.masks import draws, keys
 from retex_cli.merging.memory import merge_tensors
 from retex_cli.merging.prune import magnitude_ranks
 
@@ -65,11 +65,11 @@ def test_della_keeps_large_entries_more_often() -> None:
 
 
 def reference_della(taus: Tensor, draws: Tensor, density: float, window: float) -> Tensor:
-    """Merged task vector of ``taus [T, m, n]``, with 31-bit ``draws`` in the place of the paper's random numbers."""
+    """Merged task vector of ``taus [T, m, n]``, with 16-bit ``draws`` in the place of the paper's random numbers."""
     count = taus.shape[2]
-    rank = taus.abs().argsort(2).argsort(2).double()
+    rank = taus.abs().argsort(dim=2, stable=True).argsort(2).double()  # equal magnitudes by column, as ours
     keep = density + window * (rank / max(count - 1, 1) - 0.5) if count > 1 else torch.full_like(taus, density)
-    pruned = torch.where(draws.double() < keep * 2**31, taus / keep, torch.zeros_like(taus))
+    pruned = torch.where(draws.double() < (keep.float() * 2**16).round().double(), taus / keep, torch.zeros_like(taus))
     agree = (pruned * pruned.sum(0).sign()) > 0
     return (pruned * agree).sum(0) / agree.sum(0).clamp(min=1)
 
@@ -82,7 +82,7 @@ def test_della_equals_the_paper_in_float64(make_models: Callable[..., tuple]) ->
             continue
         rows = weights.flatten(1) if weights.dim() > 1 else weights[None]
         taus = torch.stack([(e[name] - weights).view(rows.shape).double() for e in experts.values()])
-        draws = hashed(keys(0, name, sorted(experts)), 0, weights.numel())
-        delta = reference_della(taus, draws.view_as(taus), 0.6, 0.2)
+        drawn = torch.from_numpy(draws(keys(0, name, sorted(experts)), 0, weights.numel()).astype(int))
+        delta = reference_della(taus, drawn.view_as(taus), 0.6, 0.2)
         wanted = (rows.double() + 1.1 * delta).view(weights.shape)
         torch.testing.assert_close(merged[name].double(), wanted, rtol=1e-5, atol=1e-6)

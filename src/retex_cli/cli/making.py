@@ -140,7 +140,7 @@ def merge(
         validation=space.field("validation", pairs(validation, "--validation")),
         samples=samples or space.merge.samples,
         batchnorm=batchnorm or space.merge.batchnorm or "average",
-        model=model or space.model,
+        model=model_of(space, model),
         batch_size=batch_size or space.eval.batch_size or 32,
         device=device,
         threads=threads,

@@ -21,7 +21,7 @@ from retex_cli.offsets.fit import OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.shares import Found, smallest
 from retex_cli.offsets.stream import decode
-from retex_cli.progress import Progress, Silent
+from retex_cli.progress import Silent
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,11 @@ class Judge:
             yield score
 
 
-def reach(fit: TaskFit, fitter: OffsetFitter, judge: Judge, progress: Progress) -> Found:
+def reach(fit: TaskFit, fitter: OffsetFitter, judge: Judge) -> Found:
     """The smallest offsets that agree with the expert as often as the judge asks.
 
     RetexError, with what the largest budget achieves, where none does.
     """
-    progress.start(f"choosing the budget of {fit.task}", 0)
 
     def code(budget: int) -> bytes:
         fitter.budget = budget

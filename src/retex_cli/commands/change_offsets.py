@@ -15,6 +15,7 @@ from torch import Tensor
 
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.checks import damaged, of_tensor
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, merged_digests
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
@@ -22,11 +23,11 @@ from retex_cli.commands.offsets_file import (
     FORMAT,
     OffsetsFile,
     TaskRecord,
+    header_of,
     known,
     open_offsets,
     read_files,
     task_record,
-    tasks_json,
     version_of,
 )
 from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
@@ -37,6 +38,9 @@ from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
+
+OWN = ("tensors/", "rows/")
+"""Starts of the names of tensors that are a task's own."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ChangeOffsetsPlan:
     merged: OffsetsFile | None
     added: tuple[TaskFit, ...]
     held_out: Mapping[str, Held]
+    checks: Mapping[str, str]
     refine: Mapping[str, RefineInputs]
 
     def report(self) -> FitOffsetsReport:
@@ -82,10 +87,14 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
         raise UsageError(
             "--total-budget is for a whole file, and --add leaves its other tasks as they are", "give --budget"
         )
-    file, records = open_offsets(config.output)
+    file, header = open_offsets(config.output)
     for task in config.remove:
-        task_record(config.output, records, task)
-    left = {task: record for task, record in records.items() if task not in config.remove}
+        if task not in header.damaged:
+            task_record(config.output, header.records, task)
+    for task, why in header.damaged.items():
+        if task not in config.remove:
+            raise damaged(config.output, task, why)
+    left = {task: record for task, record in header.records.items() if task not in config.remove}
     for task in config.add:
         if task in left:
             raise UsageError(
@@ -107,19 +116,25 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     check_artefact(config.output, overwrite=True, inputs=inputs, nbytes=nbytes)
     held_out = held_out_inputs(list(config.add), config.inputs) if config.target is not None else {}
     refine = refine_inputs(list(config.add), config.inputs, config.wish, config.refine)
-    return ChangeOffsetsPlan(config, file, left, merged, added, held_out, refine)
+    return ChangeOffsetsPlan(config, file, left, merged, added, held_out, header.checks, refine)
 
 
 def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     """Fit what is added, and write the file anew with all else copied."""
     config = plan.config
-    tensors: dict[str, Tensor | Stored] = {**plan.kept()}
+    kept = plan.kept()
+    tensors: dict[str, Tensor | Stored] = dict(kept)
     records = dict(plan.records)
+    checks = {
+        name: plan.checks.get(name) or of_tensor(stored.read())  # what a damaged tensor had stays as it is
+        for name, stored in kept.items()
+        if name.startswith(OWN)
+    }
     rows: dict[str, Mapping[str, object]] = {}
     bring([fit.expert for fit in plan.added], progress)
     recipe = _recipe(plan)
     if plan.merged is None:
-        return plan.report_of(rows, _write(plan, records, tensors, recipe))
+        return plan.report_of(rows, _write(plan, records, checks, tensors, recipe))
     merged, threads = plan.merged.merged, thread_count(config.threads)
     device = choose_device(config.device, progress)
     plan.merged.check_merged(merged_digests(merged, threads, progress))
@@ -134,21 +149,23 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
             tensors |= {name: tensor for name, tensor in new.items() if name not in tensors}
             tensors |= fitted.tensors
+            checks |= fitted.checks
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
         agreements = {task: {"agreement": row["agreement"]} for task, row in rows.items() if "agreement" in row}
-        size = _write(plan, records, tensors, _recipe(plan, agreements))
+        size = _write(plan, records, checks, tensors, _recipe(plan, agreements))
     return plan.report_of(rows, size)
 
 
 def _write(
     plan: ChangeOffsetsPlan,
     records: Mapping[str, TaskRecord],
+    checks: Mapping[str, str],
     tensors: Mapping[str, Tensor | Stored],
     recipe: Mapping[str, object],
 ) -> int:
     metadata = {key: text for key, text in plan.file.metadata.items() if key not in (FORMAT_KEY, VERSION_KEY)}
-    metadata |= {"tasks": tasks_json(records), "recipe": json.dumps(recipe, sort_keys=True)}
+    metadata |= {**header_of(records, checks), "recipe": json.dumps(recipe, sort_keys=True)}
     return write_artefact(
         plan.config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=True
     )

@@ -17,9 +17,9 @@ from retex_cli.commands.offsets_file import (
     TaskRecord,
     digest_rows,
     fingerprint_of,
+    header_of,
     known,
     read_files,
-    tasks_json,
     version_of,
 )
 from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
@@ -106,6 +106,7 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     digests, recipe = merged_digests(merged, threads, progress), _recipe(plan, progress)
     tensors: dict[str, Tensor | Stored] = {"digests": digest_rows(digests)}
     records: dict[str, TaskRecord] = {}
+    checks: dict[str, str] = {}
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
     with scratch_beside(config.output, recipe, device) as scratch:
@@ -119,12 +120,13 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
             tensors |= fitted.tensors
+            checks |= fitted.checks
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
         if judge is not None:
             recipe["agreement"] = {task: row["agreement"] for task, row in rows.items()}
         metadata = {
-            "tasks": tasks_json(records),
+            **header_of(records, checks),
             "merged": fingerprint_of(merged, digests),
             "recipe": json.dumps(recipe, sort_keys=True),
         }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from retex_cli.allocator import give_back_large
 from retex_cli.commands.agreement import Agreement, Judge, reach
+from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.refine import Refiner
@@ -39,11 +42,12 @@ CODED = "coded"
 @dataclass(frozen=True)
 class FittedTask:
     """All that an offsets file gets of one task. ``tensors`` by their names in the file, in the order they stand there;
-    ``files``: its side files by SHA-256, wherever they will be found later."""
+    ``files``: its side files by SHA-256, wherever they will be found later; ``checks``: digests of its own tensors."""
 
     record: TaskRecord
     tensors: Mapping[str, Tensor | Stored]
     files: Mapping[str, bytes]
+    checks: Mapping[str, str]
     agreement: Agreement | None = None
 
 
@@ -84,17 +88,34 @@ class Fitting:
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
         of reach."""
-        done = [self.scratch.get(f"{CODED}/{fit.task}") is not None for fit in fits]
-        shared = self._shared_budget(fits) if self.together and not all(done) else {}
+        training = 0 if self.refiner is None else sum(self.refiner.work(fit.task) for fit in fits)
+        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)) + training)
+        self._code_all(fits)
         for fit in fits:
-            yield self._task(fit, shared.get(fit.task))
+            yield self._task(fit)
 
-    def _task(self, fit: TaskFit, prepared: _Prepared | None) -> FittedTask:
+    def _code_all(self, fits: Sequence[TaskFit]) -> None:
+        """Every task's coded offsets are put aside; one is coded while the next is prepared."""
+        give_back_large()
+        missing = [fit for fit in fits if self.scratch.get(f"{CODED}/{fit.task}") is None]
+        for fit in fits:
+            if fit not in missing:
+                self.progress.note(f"{fit.task}: coded before the fit was interrupted")
+                self.progress.advance(sum(_steps(fit, name) for name in fit.expert.tensors))
+        jobs: Iterable[tuple[TaskFit, _Prepared]] = ((fit, self._prepare(fit)) for fit in missing)
+        if self.together and missing:
+            prepared = self._shared_budget(fits)
+            jobs = [(fit, prepared[fit.task]) for fit in missing]
+        if self.judge is not None or self.refiner is not None:  # a network computes on threads of its own
+            for job in jobs:
+                self._code(*job)
+            return
+        for _ in ordered_map(lambda job: self._code(*job), jobs, self.threads if self.together else 1):
+            pass
+
+    def _task(self, fit: TaskFit) -> FittedTask:
         coded = self.scratch.get(f"{CODED}/{fit.task}")
-        if coded is None:
-            self._code(fit, prepared or self._prepare(fit))
-            coded = self.scratch.get(f"{CODED}/{fit.task}")
-            assert coded is not None, "it was put there just now"
+        assert coded is not None, "it was put there just now"
         tensors, texts = coded
         data = tensors["data"].numpy().tobytes()
         digests = {name: bytes.fromhex(digest) for name, digest in json.loads(texts["digests"]).items()}
@@ -104,7 +125,9 @@ class Fitting:
         record = _record(fit, data, int(texts["budget"]), size, files, digests)
         offsets = {f"offsets/{fit.task}": self.scratch.stored(f"{CODED}/{fit.task}", "data")}
         agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
-        return FittedTask(record, {**_task_tensors(fit), **offsets, **corrections}, known([files]), agreement)
+        own = _task_tensors(fit)
+        digests_of_own = {name: of_tensor(stored.read()) for name, stored in own.items()}
+        return FittedTask(record, {**own, **offsets, **corrections}, known([files]), digests_of_own, agreement)
 
     def _shared_budget(self, fits: Sequence[TaskFit]) -> dict[str, _Prepared]:
         """All tasks prepared, each with its share of the budget that they have together."""
@@ -117,9 +140,13 @@ class Fitting:
                 f"{sum(least):,} bytes",
                 f"give --total-budget {sum(least)} or more",
             )
-        shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
-        for fitter, share in zip(fitters, shares, strict=True):
-            fitter.budget = share
+        looking = True
+        while looking:
+            shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
+            looking = False
+            for fit, fitter, share in zip(fits, fitters, shares, strict=True):
+                fitter.budget = share
+                looking |= self._look_further(fit, fitter)
         return prepared
 
     def _prepare(self, fit: TaskFit) -> _Prepared:
@@ -127,16 +154,18 @@ class Fitting:
         fitter = OffsetFitter(layout, fit.budget, {} if fit.lossless else weights(layout))
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
-        self.progress.start(f"fitting {fit.task}", len(names))
         digests, noises = {}, {}
-        pieces = ordered_map(lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads)
+        pieces = ordered_map(
+            lambda name: self._piece(fit, name, merged_names.get(name), fitter), names, self.threads, len(names)
+        )  # they wait on disk
         for name, piece in zip(names, pieces, strict=True):
             digests[name] = piece.digest.hex()
             if piece.prepared is not None:
                 fitter.update(merged_names[name], piece.prepared)
             if piece.noise is not None:
                 noises[merged_names[name]] = piece.noise
-            self.progress.advance()
+            self.progress.advance(_steps(fit, name))
+        self._look_further(fit, fitter)
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
         if not fit.lossless:
@@ -153,12 +182,26 @@ class Fitting:
             for name, value in wanted.items():
                 fitter.fold(name, fitter.prepare(to_domain(name, value) - to_domain(name, self.merged.read(name))))
 
+    def _look_further(self, fit: TaskFit, fitter: OffsetFitter) -> bool:
+        """Find more components where the budget would pay for more than were found; whether it did anywhere."""
+        looked = False
+        while short := fitter.short():
+            looked = True
+
+            def more(name: str, ranks: Mapping[str, int] = short) -> _Piece:
+                return self._piece(fit, fit.alignment.shared[name], name, fitter, ranks[name])
+
+            for name, piece in zip(short, ordered_map(more, short, self.threads, len(short)), strict=True):
+                assert piece.prepared is not None, "it has components"
+                fitter.update(name, piece.prepared)
+        return looked
+
     def _code(self, fit: TaskFit, prepared: _Prepared) -> None:
         """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
         fitter = prepared.fitter
         texts = {"digests": json.dumps(prepared.digests)}
         if self.judge is not None:
-            found = reach(fit, fitter, self.judge, self.progress)
+            found = reach(fit, fitter, self.judge)
             data, fitter.budget = found.data, found.budget
             texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
         else:
@@ -167,15 +210,16 @@ class Fitting:
         texts["budget"] = str(fitter.budget)
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
         if not self.together:  # what shares a budget is needed until all of it is coded
-            for name in fit.expert.tensors:
-                self.scratch.drop(f"tensor/{fit.task}/{name}")
+            self.scratch.drop(f"{fit.task}/")
 
-    def _piece(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter) -> _Piece:
-        """What was put aside of a tensor, or what is made of it and put aside now."""
-        place = f"tensor/{fit.task}/{name}"
+    def _piece(
+        self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter, rank: int | None = None
+    ) -> _Piece:
+        """What was put aside of a tensor, or what is made of it and put aside now; ``rank`` as for ``prepare``."""
+        place = f"{fit.task}/{name}/{rank or 0}"
         found = self.scratch.get(place)
         if found is None:
-            piece = self._made(fit, name, ours, fitter)
+            piece = self._made(fit, name, ours, fitter, rank)
             texts = {"digest": piece.digest.hex()} | ({"noise": json.dumps(asdict(piece.noise))} if piece.noise else {})
             self.scratch.put(place, {} if piece.prepared is None else to_tensors(piece.prepared), texts)
             found = self.scratch.get(place)
@@ -184,27 +228,30 @@ class Fitting:
         noise = Noise(**json.loads(texts["noise"])) if "noise" in texts else None
         return _Piece(bytes.fromhex(texts["digest"]), from_tensors(tensors) if tensors else None, noise)
 
-    def _made(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter) -> _Piece:
+    def _made(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter, rank: int | None) -> _Piece:
         tensor = fit.expert.read(name)
         digest = tensor_digest(tensor)
         if ours is None or not tensor.is_floating_point():
             return _Piece(digest)
         shared = fit.shared_part(ours, tensor)
-        delta = to_domain(ours, shared.to(self.device)) - to_domain(ours, self.merged.read(ours).to(self.device))
-        if not bool(delta.isfinite().all()):
+        noisy = fit.asked == SMALLEST
+        delta = to_domain(ours, shared.to(self.device, copy=noisy))  # float32 weights are not needed twice
+        delta -= to_domain(ours, self.merged.read(ours).to(self.device))
+        if not math.isfinite(float(delta.sum())) and not bool(
+            delta.isfinite().all()
+        ):  # a sum takes a third of the time
             raise RetexError(
                 f"{fit.expert.tensors[name].file}: tensor {name!r} of task {fit.task!r} holds NaN or infinity",
                 "repair the expert or leave it out",
             )
-        noise = lossless.noise_of(shared, delta) if fit.asked == SMALLEST else None
-        return _Piece(digest, fitter.prepare(delta), noise)
+        noise = lossless.noise_of(shared, delta) if noisy else None
+        return _Piece(digest, fitter.prepare(delta, rank), noise)
 
     def _corrections(self, fit: TaskFit, data: bytes) -> dict[str, Stored]:
         """What the expert's shared tensors are beyond what ``data``, the coded offsets, predicts; by name in the
         file."""
         factors = decode(data, layout_of(self.merged))
         names = [name for name, _ in layout_of(self.merged) if name in fit.alignment.shared]
-        self.progress.start(f"correcting {fit.task}", len(names))
 
         def correct(name: str) -> None:
             place = stored_name(fit.task, fit.alignment.shared[name])
@@ -217,7 +264,7 @@ class Fitting:
         for name, _ in zip(names, ordered_map(correct, names, self.threads), strict=True):
             place = stored_name(fit.task, fit.alignment.shared[name])
             found[place] = self.scratch.stored(place, "data")
-            self.progress.advance()
+            self.progress.advance(_steps(fit, fit.alignment.shared[name]))
         return found
 
 
@@ -235,6 +282,16 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
         scratch.remove()
         raise
     scratch.remove()
+
+
+def _steps(fit: TaskFit, name: str) -> int:
+    """What an expert's tensor counts in the progress: large ones take as long as many small ones."""
+    return 1 + fit.expert.tensors[name].numel // 100_000
+
+
+def _work(fit: TaskFit) -> int:
+    steps = sum(_steps(fit, name) for name in fit.expert.tensors)
+    return steps + (sum(_steps(fit, name) for name in fit.alignment.shared.values()) if fit.lossless else 0)
 
 
 @contextmanager

@@ -199,6 +199,7 @@ def _tasks(kind: str, infos: Iterable[TensorInfo], metadata: dict[str, str]) -> 
     if kind not in ("retex.offsets", "retex.signatures"):
         return {}
     records = _object(metadata.pop("tasks", None))
+    metadata.pop("checks", None)
     tasks: dict[str, dict[str, object]] = {task: {} for task in sorted(records)}
     for info in infos:
         section, _, rest = info.name.partition("/")

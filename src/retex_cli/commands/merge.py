@@ -30,6 +30,7 @@ from retex_cli.merging.engine import Copy, Merge, stream
 from retex_cli.merging.options import plain
 from retex_cli.merging.table import Method, check_tasks, find_method, options_for, overridden
 from retex_cli.merging.view import View
+from retex_cli.models.device import choose_device
 from retex_cli.parallel import one_thread_each, thread_count
 from retex_cli.progress import Progress, Silent
 
@@ -110,7 +111,7 @@ def plan(config: MergeConfig) -> MergePlan:
     method = find_method(config.method)
     _check_tasks(config, method)
     check_tasks(method, (config.options, *config.overrides.values()), config.experts)
-    _device(config.device)
+    device = choose_device(config.device, Silent())
     output = Output.parse(config.output)
     dtype = parse_dtype(config.dtype) if config.dtype else None
     base = open_checkpoint(config.base)
@@ -123,7 +124,7 @@ def plan(config: MergeConfig) -> MergePlan:
         TensorSpec(name, dtype if dtype and info.dtype.is_floating_point else info.dtype, info.shape)
         for name, info in base.tensors.items()
     )
-    steps = tuple(_step(config, method, base, experts, alignments, spec) for spec in specs)
+    steps = tuple(_step(config, method, base, experts, alignments, spec, device) for spec in specs)
     merged = [step.view.name for step in steps if isinstance(step, Merge)]
     _check_overrides(config, method, merged)
     wanted = InputsConfig(config.inputs, config.validation, config.samples, config.batchnorm, config.batch_size)
@@ -194,12 +195,6 @@ def _check_overrides(config: MergeConfig, method: Method, merged: list[str]) -> 
             )
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}", "it can be auto, cpu or cuda")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _step(
     config: MergeConfig,
     method: Method,
@@ -207,6 +202,7 @@ def _step(
     experts: Mapping[str, Checkpoint],
     alignments: Mapping[str, Alignment],
     spec: TensorSpec,
+    device: torch.device,
 ) -> Merge | Copy:
     """Merge a tensor of which some expert has a version, copy any other."""
     source = Stored(base, spec.name)
@@ -220,17 +216,17 @@ def _step(
         base=source,
         experts=tuple(Stored(experts[task], alignments[task].shared[spec.name]) for task in sharers),
         seed=config.seed,
-        device=_device(config.device),
+        device=device,
     )
     return Merge(view, options_for(method, spec.name, config.options, config.overrides), spec.dtype)
 
 
 def _budget(config: MergeConfig, method: Method, steps: Sequence[Merge | Copy]) -> int:
     """Bytes under way at once: ``max_memory`` if it is enough, or what the method usually takes."""
-    views = [step.view for step in steps if isinstance(step, Merge)]
+    views, threads = [step.view for step in steps if isinstance(step, Merge)], thread_count(config.threads)
     if config.max_memory is None:
-        return budget.usual(method, views, config.threads)
-    least = budget.least(method, views, config.threads)
+        return budget.usual(method, views, threads)
+    least = budget.least(method, views, threads)
     if config.max_memory < least:
         raise UsageError(
             f"--max-memory {config.max_memory:,} is too little: merging {len(config.experts)} experts by "
@@ -248,8 +244,7 @@ def _announce(plan: MergePlan, progress: Progress) -> None:
     left = [f"{o.name}={options[o.name]}" for o in plan.method.options if o.name not in plan.config.options]
     if left:
         progress.note(f"{plan.method.name}: {', '.join(left)} (default, from {plan.method.link})")
-    if plan.config.device != "cpu" and _device(plan.config.device).type == "cpu":
-        progress.note(f"--device {plan.config.device}: no CUDA device here, using the CPU")
+    choose_device(plan.config.device, progress)  # says so where there is no CUDA
 
 
 def _check_related(plan: MergePlan) -> dict[str, float]:
@@ -271,7 +266,8 @@ def _prepare(plan: MergePlan, stack: ExitStack, progress: Progress) -> Prepared:
     if plan.inputs.idle:
         return Prepared(plan.steps, {})
     config = plan.config
-    models = ExpertModels(plan.experts, plan.alignments, _device(config.device), config.model)
+    device = choose_device(config.device, Silent())
+    models = ExpertModels(plan.experts, plan.alignments, device, config.model)
     threads = thread_count(config.threads)
 
     def room(steps: Sequence[Merge | Copy]) -> int:
@@ -285,7 +281,7 @@ def _stream(plan: MergePlan, prepared: Prepared, writer: Writer, progress: Progr
         plan.method,
         prepared.steps,
         writer,
-        threads=plan.config.threads,
+        threads=thread_count(plan.config.threads),
         budget=_budget(plan.config, plan.method, prepared.steps),  # statistics that were measured take room
         begin=progress.start,
         advance=progress.advance,

@@ -1,4 +1,4 @@
-"""What a merge reads and how it is remembered: tensors on disk as sources, accounts of every tensor, the recipe."""
+"""What a merge reads and how it is remembered: tensors on disk as sources, accounts of every tensor."""
 
 from __future__ import annotations
 

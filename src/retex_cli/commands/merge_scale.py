@@ -96,6 +96,7 @@ class _Search:
 
     def scores(self, alphas: Sequence[float]) -> dict[float, Score]:
         """Mean over tasks, for every alpha. One network is built per task."""
+        self.progress.start(f"alpha {min(alphas):g} to {max(alphas):g}", len(alphas) * len(self.models.experts))
         per_task = []
         for task in self.models.experts:
             with self.models.network(task) as network:
@@ -156,7 +157,6 @@ def choose_scale(
     one = merge_steps(method, at_scale(steps, 1.0), threads=threads, budget=budget)
     progress.advance()
     search = _Search(word, models, inputs, zero, one, adjust, batch_size, threads, progress)
-    progress.start("choosing alpha", (len(GRID) + 2) * len(models.experts))
     scores = search.scores(GRID)
     while _best(scores) == max(scores) < LARGEST:
         scores |= search.scores([round(max(scores) * BEYOND, 4)])

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retex_cli.commands import checks
 from retex_cli.commands.corrections import restore
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment
 from retex_cli.io.artefact import open_artefact
-from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.checkpoint import Checkpoint, TensorInfo
 from retex_cli.io.dtypes import CODES, DTYPES
 from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
@@ -110,16 +111,36 @@ class Part:
     merged: str | None
 
 
-def open_offsets(path: str) -> tuple[Checkpoint, dict[str, TaskRecord]]:
-    """An offsets artefact by its header, and its tasks by name. RetexError for any other file and a damaged header."""
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tasks: records by task, why others cannot be believed, and digests (see ``checks``)."""
+
+    records: Mapping[str, TaskRecord]
+    damaged: Mapping[str, str]
+    checks: Mapping[str, str]
+
+
+def open_offsets(path: str) -> tuple[Checkpoint, Header]:
+    """An offsets artefact by its header. RetexError for any other file and for a header damaged as a whole."""
     file = open_artefact(path, format=FORMAT, versions={PLAIN, LOSSLESS})
     try:
-        header = json.loads(file.metadata["tasks"])
-        records = {task: TaskRecord.from_json(header[task]) for task in sorted(header)}
-        file.metadata["merged"], file.tensors["digests"]
-    except (KeyError, TypeError, ValueError) as error:
+        entries = json.loads(file.metadata["tasks"])
+        found = json.loads(file.metadata.get(checks.KEY, "{}"))
+        digests = file.tensors["digests"]
+        if not file.metadata["merged"] or digests.dtype != torch.uint8 or len(digests.shape) != 2:
+            raise ValueError("what belongs to it is not said")
+        records, hurt = {}, {}
+        for task in sorted(entries):
+            try:
+                records[task] = TaskRecord.from_json(entries[task])
+                if found and found.get(task) != checks.of_record(entries[task]):
+                    raise ValueError("its entry has another digest")
+            except (KeyError, TypeError, ValueError) as error:
+                records.pop(task, None)
+                hurt[task] = f"in the header: {error}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RetexError(f"{path}: damaged header: {error}", "fit the offsets again") from error
-    return file, records
+    return file, Header(records, hurt, found)
 
 
 def task_record(path: str, records: Mapping[str, TaskRecord], name: str) -> TaskRecord:
@@ -137,7 +158,8 @@ class OffsetsFile:
     def __init__(self, path: str, merged: Checkpoint) -> None:
         self.path = path
         self.merged = merged
-        self.file, self.tasks = open_offsets(path)
+        self.file, self._header = open_offsets(path)
+        self.tasks = self._header.records
         self.fingerprint = self.file.metadata["merged"]
         self._check_layout()
 
@@ -181,7 +203,9 @@ class OffsetsFile:
             )
 
     def task(self, name: str) -> TaskRecord:
-        """UsageError, with the closest names, for a task that the file does not have."""
+        """UsageError, with the closest names, for a task that the file does not have; RetexError for a damaged one."""
+        if name in self._header.damaged:
+            raise checks.damaged(self.path, name, self._header.damaged[name])
         return task_record(self.path, self.tasks, name)
 
     def predictor(self, tasks: Iterable[str]) -> Predictor:
@@ -191,8 +215,10 @@ class OffsetsFile:
     def factors(self, task: str) -> dict[str, Factors]:
         """Decoded offsets of one task by merged name. RetexError where its bytes are damaged; others still decode."""
         record = self.task(task)
-        data = self.file.read(f"offsets/{task}").numpy().tobytes()
         try:
+            if f"offsets/{task}" not in self.file.tensors:
+                raise CorruptOffsets("they are not there")
+            data = self.file.read(f"offsets/{task}").numpy().tobytes()
             if hashlib.sha256(data).hexdigest() != record.checksum:
                 raise CorruptOffsets("its SHA-256 is not the one in the header")
             return decode(data, layout_of(self.merged))
@@ -207,7 +233,21 @@ class OffsetsFile:
         record = self.task(task)
         if merged_name not in record.rows:
             return 0
-        return self.file.tensors[f"rows/{task}/{record.expert_name(merged_name)}"].shape[0]
+        return self._own(task, f"rows/{task}/{record.expert_name(merged_name)}").shape[0]
+
+    def _own(self, task: str, name: str) -> TensorInfo:
+        """A tensor that is the task's own. RetexError where it is missing."""
+        if name not in self.file.tensors:
+            raise checks.damaged(self.path, task, f"tensor {name!r} is not there")
+        return self.file.tensors[name]
+
+    def _read_own(self, task: str, name: str) -> Tensor:
+        """Its data. RetexError where they are not what was written."""
+        self._own(task, name)
+        tensor = self.file.read(name)
+        if self._header.checks and self._header.checks.get(name) != checks.of_tensor(tensor):
+            raise checks.damaged(self.path, task, f"tensor {name!r} has another digest")
+        return tensor
 
     def parts(self, head: str) -> list[Part]:
         """The tensors of an expert with the head of task ``head``, by name."""
@@ -222,6 +262,9 @@ class OffsetsFile:
                 shape = (shape[0] + self.rows(head, name), *shape[1:])
             parts.append(Part(TensorSpec(expert_name, record.expert_dtype(expert_name), shape), name))
         start = f"tensors/{head}/"
+        for name in self._header.checks:
+            if name.startswith(start):
+                self._own(head, name)
         for name, info in self.file.tensors.items():
             if name.startswith(start):
                 parts.append(Part(TensorSpec(name.removeprefix(start), info.dtype, info.shape), None))
@@ -250,14 +293,14 @@ class OffsetsFile:
         """
         spec = part.spec
         if part.merged is None or merged is None:
-            return self.file.read(f"tensors/{head}/{spec.name}")
+            return self._read_own(head, f"tensors/{head}/{spec.name}")
         name = part.merged
         if self.is_exact(embedding, head) and merged.is_floating_point():
             value = self._restored(spec.name, name, merged, predictor, head)
         else:
             value = predictor.add_to(name, merged, embedding, device, out).to(spec.dtype)
         if merged.shape != spec.shape:
-            value = torch.cat([value, self.file.read(f"rows/{head}/{spec.name}").to(value.device)])
+            value = torch.cat([value, self._read_own(head, f"rows/{head}/{spec.name}").to(value.device)])
         return value
 
     def _restored(self, expert_name: str, name: str, merged: Tensor, predictor: Predictor, task: str) -> Tensor:
@@ -273,6 +316,8 @@ class OffsetsFile:
         for name, digest in self.task(task).files.items():
             if f"files/{digest}" in self.file.tensors:
                 found[name] = self.file.read(f"files/{digest}").numpy().tobytes()
+                if hashlib.sha256(found[name]).hexdigest() != digest:
+                    raise checks.damaged(self.path, task, f"its file {name} has another SHA-256")
             elif digest in ours:
                 found[name] = ours[digest].read_bytes()
             else:
@@ -292,13 +337,14 @@ def fingerprint_of(merged: Checkpoint, digests: Mapping[str, bytes]) -> str:
     return fingerprint({name: (info.dtype, info.shape, digests[name]) for name, info in merged.tensors.items()})
 
 
-def tasks_json(records: Mapping[str, TaskRecord]) -> str:
-    """The header entry ``tasks``."""
+def header_of(records: Mapping[str, TaskRecord], own: Mapping[str, str]) -> dict[str, str]:
+    """The header entries of these tasks; ``own``: digests of their own tensors, by name in the file."""
     entries = {task: asdict(records[task]) for task in sorted(records)}
     for entry in entries.values():
         if not entry["correction_bytes"]:  # unknown to readers of the first version
             del entry["correction_bytes"]
-    return json.dumps(entries, separators=(",", ":"))
+    found = {**{task: checks.of_record(entry) for task, entry in entries.items()}, **own}
+    return {"tasks": json.dumps(entries, separators=(",", ":")), checks.KEY: json.dumps(found, sort_keys=True)}
 
 
 def version_of(records: Mapping[str, TaskRecord]) -> int:

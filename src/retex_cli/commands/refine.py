@@ -29,7 +29,7 @@ from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.trainable import Trainable
-from retex_cli.progress import Progress
+from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
@@ -37,6 +37,8 @@ TEXTS = Schedule(steps=320, batch_size=16, rate=0.02)
 OTHERS = Schedule(steps=320, batch_size=32)
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""
+SLOW = 30
+"""A step of training takes about as long as so many steps of a fit without it."""
 BATCH = 64
 """Inputs that BatchNorm's statistics are measured on at a time."""
 
@@ -98,13 +100,20 @@ class Refiner:
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
         return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads)
 
+    def work(self, task: str) -> int:
+        """Steps of progress that refining a task advances by."""
+        return SLOW * self._schedule(task).steps
+
+    def _schedule(self, task: str) -> Schedule:
+        return TEXTS if self.inputs[task].rows[0].text is not None else OTHERS
+
     def refine(self, fit: TaskFit, fitter: OffsetFitter, progress: Progress) -> bytes:
         """The coded offsets of one task. Holds two networks. Raises ``BudgetTooSmall``."""
         rows = self.inputs[fit.task].rows
         with self.models.network(fit.task) as teacher, self.models.network(fit.task) as network:
             self.models.load_expert(teacher, fit.task)
             try:
-                self._settle_batchnorm(fit, fitter, network, rows, progress)
+                self._settle_batchnorm(fit, fitter, network, rows)
                 fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
                 try:
                     trainable = Trainable(fitter.components())
@@ -115,11 +124,9 @@ class Refiner:
             self.models.load_merged(network, fit.task, self._merged(fit))
             student = Student(network.module)
             learner = _Learner(trainable, fit, student)
-            schedule = TEXTS if rows[0].text is not None else OTHERS
-            progress.start(f"refining {fit.task}", schedule.steps)
             distil(
-                teacher, network, student, learner, rows, schedule,
-                seed=self.seed, threads=self.threads, progress=progress,
+                teacher, network, student, learner, rows, self._schedule(fit.task),
+                seed=self.seed, threads=self.threads, progress=_Slow(progress),
             )  # fmt: skip
             found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
             return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
@@ -140,9 +147,7 @@ class Refiner:
         progress.note(f"{fit.task}: distance of answers from the expert's on its inputs: {told}")
         return found[best]
 
-    def _settle_batchnorm(
-        self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example], progress: Progress
-    ) -> None:
+    def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""
         layers = batchnorm_layers(network.module)
         theirs = fit.alignment.shared
@@ -158,7 +163,7 @@ class Refiner:
         self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
         recovered = self._recovered(fit, fitter.finish()) | expert
         self.models.load_merged(network, fit.task, recovered)
-        measured = measure_batchnorm(network, list(_batches(network, rows)), progress)
+        measured = measure_batchnorm(network, list(_batches(network, rows)), Silent())
         for norm in own:
             for name in (norm.mean, norm.variance):
                 expert[name] = measured[theirs[name]]
@@ -192,6 +197,22 @@ def _answers(network: Network, batches: Sequence[Inputs]) -> Tensor:
     """Of all inputs, on the CPU."""
     with inference(network.device):
         return torch.cat([answer_of(network.module(**inputs)).float().cpu() for inputs in batches])
+
+
+class _Slow:
+    """Progress of a training, as a part of a longer job."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def start(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(SLOW * steps)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
 
 
 class _Learner:

@@ -34,6 +34,8 @@ class Scratch:
         """``key``: hexadecimal digest of everything that decides what the pieces hold."""
         self._target = Output.parse(output).target
         self._folder = self._target.with_name(f".{self._target.name}.{key[:16]}.parts")
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
 
     def put(self, name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
         """Keep a piece; ``tensors`` on the CPU. RetexError for a full disk."""
@@ -51,6 +53,8 @@ class Scratch:
                     file.seek(shard.starts[key])
                     file.write(byte_view(tensor))
             new.replace(path)
+            with self._lock:
+                self._known.add(name)
         except OSError as error:
             new.unlink(missing_ok=True)
             raise write_error(self._target, error, 0, shard.size) from error
@@ -67,6 +71,8 @@ class Scratch:
             return None
         tensors = {key: file.mapped(key) for key in file.tensors}
         file.close()
+        with self._lock:
+            self._known.add(name)
         return (tensors, dict(file.metadata)) if file.metadata.get(_CHECK) == _checksum(tensors) else None
 
     def stored(self, name: str, key: str) -> Stored:
@@ -76,9 +82,13 @@ class Scratch:
         file.close()
         return Stored(info.dtype, info.shape, lambda: self._read(name, key))
 
-    def drop(self, name: str) -> None:
-        """Forget a piece."""
-        self._path(name).unlink(missing_ok=True)
+    def drop(self, start: str) -> None:
+        """Forget the pieces whose names begin so, of those that this object put or got."""
+        with self._lock:
+            gone = {name for name in self._known if name.startswith(start)}
+            self._known -= gone
+        for name in gone:
+            self._path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything, and what jobs with other keys have left beside this output."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from retex_cli.merging.linear import sum_rows
 from retex_cli.merging.selection import Population, order_statistics
-from retex_cli.merging.sparse import sum_rows_copy
 from retex_cli.merging.view import Kernel, View
 
 OUTLIERS = 1e-4
@@ -69,7 +68,7 @@ def pcb(view: View, *, density: float, alpha: float) -> Kernel:
 
 def _scores(view: View, ranges: Mapping[str, Range], taus: Tensor) -> Tensor:
     """Scores of ``taus [T, n]``, in their memory, divided by ``exp(T)``, which cancels and would overflow."""
-    total = sum_rows_copy(taus)
+    total = sum_rows(taus)
     for tau, task in zip(taus.unbind(0), view.tasks, strict=True):
         bounds = ranges[task]
         spread = bounds.high - bounds.low

@@ -6,9 +6,8 @@ goes to finished pieces that wait to be written, and to first passes over tensor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retex_cli.merging.matrices import CELL_ELEMENTS
 from retex_cli.merging.table import Method
@@ -16,23 +15,20 @@ from retex_cli.merging.view import GRID, View
 
 DEFAULT = 3 << 25
 """Bytes for first passes where nobody says (100 MB); more where a method needs more."""
+SMALL_BLOCKS = (1 << 19, 1 << 18)
+"""Elements of all inputs in a block where the budget has no room for the usual one; each costs speed."""
 GROUP_ELEMENTS = 1 << 19
 """Elements of output that a worker makes in one go."""
 WAITING = 8
 """Finished pieces per worker that may wait for their turn to be written."""
-COPIES = {"element": 7, "rows": 3, "tensor": 3}
-"""What arithmetic on a block takes at most, as copies of the block, itself among them (della takes most)."""
+COPIES = {"element": 8, "rows": 3, "tensor": 3}
+"""What arithmetic on a block takes at most, as copies of the block, itself among them; della takes most."""
 LIBRARY = 8 << 20
 """Bytes that libraries for linear algebra keep for themselves, for each worker."""
 FIXED = 6 << 20
 """Bytes of whatever does not grow: file buffers, stacks, a few small tensors."""
 COLLECTED = 6
 """Bytes per value that the selection of order statistics collects, with room to gather them."""
-
-
-def default_threads() -> int:
-    """One worker per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_pass_bytes(method: Method, view: View) -> int:
@@ -71,6 +67,19 @@ def _block_elements(method: Method, view: View) -> int:
     return inputs * min(max(view.block_length(), least, row), view.numel)
 
 
+def fitted(method: Method, views: Sequence[View], threads: int, budget: int) -> list[View]:
+    """The views with the largest blocks that the budget has room for, or with the smallest."""
+    for block in (None, *SMALL_BLOCKS):
+        found = [replace(view, block=block) for view in views]
+        if block_bytes(method, found, threads) + _largest_pass(method, found) <= budget:
+            break
+    return found
+
+
+def _largest_pass(method: Method, views: Sequence[View]) -> int:
+    return max((first_pass_bytes(method, view) for view in views), default=0)
+
+
 @dataclass(frozen=True)
 class Shares:
     """Bytes for finished pieces, for first passes, and how many values one selection may collect of a tensor alone,
@@ -85,8 +94,7 @@ class Shares:
 def split(method: Method, views: Sequence[View], threads: int, budget: int) -> Shares:
     """What of a budget goes where; a budget below ``least`` gets the smallest shares that work."""
     free = max(0, budget - block_bytes(method, views, threads))
-    largest = max((first_pass_bytes(method, view) for view in views), default=0)
-    finished = min(_waiting_bytes(threads), max(0, free - largest) // 4)
+    finished = min(_waiting_bytes(threads), max(0, free - _largest_pass(method, views)) // 4)
     ahead = free - finished
     return Shares(finished, ahead, max(GRID, ahead // (COLLECTED * threads)), max(GRID, free // COLLECTED))
 
@@ -95,16 +103,15 @@ def _waiting_bytes(threads: int) -> int:
     return threads * WAITING * 4 * GROUP_ELEMENTS
 
 
-def least(method: Method, views: Sequence[View], threads: int | None) -> int:
-    """The smallest budget with which a merge is possible: the blocks, and the largest tensor's first passes."""
-    needs = [first_pass_bytes(method, view) for view in views]
-    return block_bytes(method, views, threads or default_threads()) + max(needs, default=0)
+def least(method: Method, views: Sequence[View], threads: int) -> int:
+    """The smallest budget with which a merge is possible: small blocks, and the largest tensor's first passes."""
+    smallest = [replace(view, block=SMALL_BLOCKS[-1]) for view in views]
+    return block_bytes(method, smallest, threads) + _largest_pass(method, smallest)
 
 
-def usual(method: Method, views: Sequence[View], threads: int | None) -> int:
+def usual(method: Method, views: Sequence[View], threads: int) -> int:
     """The budget where nobody gives one: every worker on one of the largest tensors, and none waits to write."""
-    workers = threads or default_threads()
     needs = sorted((first_pass_bytes(method, view) for view in views), reverse=True)
     kept = 2 * max((kept_bytes(method, view) for view in views), default=0)
-    ahead = max(DEFAULT, sum(needs[:workers]) + kept)
-    return block_bytes(method, views, workers) + _waiting_bytes(workers) + ahead
+    ahead = max(DEFAULT, sum(needs[:threads]) + kept)
+    return block_bytes(method, views, threads) + _waiting_bytes(threads) + ahead

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from retex_cli.merging.budget import default_threads, first_pass_bytes, kept_bytes, split
+from retex_cli.merging.budget import first_pass_bytes, fitted, kept_bytes, split
 from retex_cli.merging.depth import depths, is_running_statistic
 from retex_cli.merging.linear import average
 from retex_cli.merging.lines import l1_norms, lines, paper_alpha
@@ -56,7 +56,7 @@ def stream(
     steps: Sequence[Merge | Copy],
     sink: Sink,
     *,
-    threads: int | None = None,
+    threads: int = 1,
     budget: int = 1 << 28,
     begin: Callable[[str, int], None] = lambda label, total: None,
     advance: Callable[[int], None] = lambda steps: None,
@@ -67,8 +67,9 @@ def stream(
     before a pass over the whole model and before the merge, ``advance(1)`` as a step of either is finished. Raises
     ``RetexError`` for a NaN or infinity in any input, and for a result that does not fit the output dtype.
     """
-    views = [step.view for step in steps if isinstance(step, Merge)]
-    shares = split(method, views, threads or default_threads(), budget)
+    views = fitted(method, [step.view for step in steps if isinstance(step, Merge)], threads, budget)
+    steps = _with_views(steps, views)
+    shares = split(method, views, threads, budget)
     with open_pool(threads) as pool:
         watched = Watched(pool, begin, advance)
         prepare = _Preparation(method, [_with_pool(step, pool, shares.surveyed_values) for step in steps], watched)
@@ -117,6 +118,12 @@ class _Ahead:
 
     def _cost(self, step: Merge | Copy, count: Callable[[Method, View], int]) -> int:
         return count(self.prepare.method, step.view) if isinstance(step, Merge) else 0
+
+
+def _with_views(steps: Sequence[Merge | Copy], views: Sequence[View]) -> list[Merge | Copy]:
+    """The merges among the steps with these views, in order."""
+    left = iter(views)
+    return [replace(step, view=next(left)) if isinstance(step, Merge) else step for step in steps]
 
 
 def _with_pool(step: Merge | Copy, pool: Pool, values: int) -> Merge | Copy:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from retex_cli.merging.linear import sum_rows
 from retex_cli.merging.reduce import block_sums, task_vectors
-from retex_cli.merging.sparse import sum_rows_copy
 from retex_cli.merging.view import Kernel, View
 
 
@@ -28,7 +28,7 @@ def lines(kernel: Kernel, alpha: float, beta: float, depth: float | None) -> Ker
 
 def l1_norms(view: View, kernel: Kernel) -> tuple[float, float]:
     """``|sum_t tau_t|_1`` and ``|merged - base|_1`` of one tensor, from which the paper takes its ``alpha``."""
-    summed = block_sums(view, lambda base, experts: sum_rows_copy(task_vectors(base, experts)).abs_().unsqueeze(0))
+    summed = block_sums(view, lambda base, experts: sum_rows(task_vectors(base, experts)).abs_().unsqueeze(0))
     merged = 0.0
     for start, base, experts in view.blocks(unit=kernel.unit):
         base, experts = base.to(view.device), experts.to(view.device)

@@ -1,71 +1,81 @@
 """Random masks that depend on (seed, tensor, task, element) and on nothing else: not on blocks, order or threads.
 
-Each element's index goes through an integer hash keyed by SHA-256 of (seed, task, tensor); its 31 bits, compared with
-the share to keep, decide. Integer arithmetic only: every device gives the same masks.
-
-The hash is two rounds of xor-shift and multiply. Shifts are arithmetic, as torch's are, so that the sign bit is lost
-in each round; it is kept out of the index, and what is left, the lower 31 bits of the product, is exactly uniform.
+Element e of a tensor owns the e-th 16 bits of a Philox stream (Salmon et al. 2011, a counter-based generator, as numpy
+has it) whose key is SHA-256 of (seed, task, tensor): any part of the stream can be drawn alone. Compared with the share
+to keep they decide, so shares are met to the nearest 2**-16. They are drawn on the CPU: every device gets these masks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
-"""Odd multipliers with good avalanche."""
-_HIGH = 0x1E3779B1
-"""Spreads the upper half of the index of a tensor with 2**31 elements or more."""
-_LOW_BITS = 0x7FFFFFFF
+DRAWS = 1 << 16
+"""Number of values that a draw takes, all equally likely."""
+_STEP = 16
+"""Draws per step of the generator's counter, which gives four words of 64 bits."""
+_LOW_WORD = (1 << 64) - 1
 
 
-def keys(seed: int, name: str, tasks: Sequence[str]) -> Tensor:
-    """An int32 key of 31 bits per task, ``[T]``, for the masks of tensor ``name``."""
+def keys(seed: int, name: str, tasks: Sequence[str]) -> tuple[int, ...]:
+    """A key of 128 bits per task for the masks of tensor ``name``."""
     digests = [hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest() for task in tasks]
-    numbers = [int.from_bytes(digest[:4], "little") & _LOW_BITS for digest in digests]
-    return torch.tensor(numbers, dtype=torch.int32)
+    return tuple(int.from_bytes(digest[:16], "little") for digest in digests)
 
 
-def element_words(start: int, length: int, device: torch.device) -> Tensor:
-    """One int32 word of 31 bits per element from ``start`` on: its index, the upper half mixed into the lower."""
-    index = torch.arange(start, start + length, device=device)
-    if start + length > _LOW_BITS:
-        index = (index ^ (index >> 31) * _HIGH) & _LOW_BITS
-    return index.to(torch.int32)
+def draws(key: Sequence[int], start: int, length: int) -> NDArray[np.uint16]:
+    """What chance gave each task's elements from ``start`` on: ``[T, length]``, uniform in ``0 .. DRAWS - 1``."""
+    step, offset = divmod(start, _STEP)
+    words = -(-(offset + length) // 4)
+    found = np.empty((len(key), length), np.uint16)
+    for row, one in zip(found, key, strict=True):
+        drawn = _stream.at(one, step).random_raw(words)
+        row[:] = drawn.astype("<u8", copy=False).view("<u2")[offset : offset + length]
+    return found
 
 
-def hash_into(bits: Tensor, scratch: Tensor, words: Tensor, key: Tensor) -> Tensor:
-    """31 hashed bits, int32 in ``0 .. 2**31``, of each of ``words [n]``, into ``bits``; ``scratch`` is overwritten."""
-    torch.bitwise_xor(words, key, out=bits)
-    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 16, out=scratch)).mul_(_FIRST)
-    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 15, out=scratch)).mul_(_SECOND)
-    return bits.bitwise_and_(_LOW_BITS)
+class _Stream(threading.local):
+    """One generator per thread, moved to where it is needed: making one takes as long as drawing from it."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+        self.state = self.philox.state
+        self.state["buffer_pos"] = 4  # what is buffered is used up
+
+    def at(self, key: int, step: int) -> np.random.Philox:
+        """The generator with this key of 128 bits, about to draw what belongs to the counter's ``step``."""
+        self.state["state"]["counter"][0] = step
+        self.state["state"]["key"][:] = key & _LOW_WORD, key >> 64
+        self.philox.state = self.state
+        return self.philox
 
 
-def hashed(key: Tensor, start: int, length: int) -> Tensor:
-    """The hashed bits of all tasks, int32 ``[T, length]``, for the elements from ``start`` on."""
-    words = element_words(start, length, key.device)
-    bits = words.new_empty(len(key), length)
-    return hash_into(bits, torch.empty_like(bits), words, key[:, None])
+_stream = _Stream()
 
 
-def drop_(values: Tensor, densities: Sequence[float], key: Tensor, start: int) -> Tensor:
-    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) with probability 1 - its task's density.
-
-    Task by task, so that all that is touched stays in the second-level cache.
-    """
+def drop_(values: Tensor, densities: Sequence[float], key: Sequence[int], start: int) -> Tensor:
+    """Zero each entry of float32 ``values [T, n]`` (elements from ``start``) but for its task's density of them."""
     if min(densities) >= 1:
         return values
-    words = element_words(start, values.shape[1], values.device)
-    bits, scratch = torch.empty_like(words), torch.empty_like(words)
-    for row, one, density in zip(values.view(torch.int32).unbind(0), key.unbind(0), densities, strict=True):
-        if density >= 1:
-            continue
-        bound = min(round(density * 2**31), _LOW_BITS)
-        hash_into(bits, scratch, words, one)
-        # hash - bound is negative exactly where the entry is kept; its sign, spread over the word, is the mask.
-        row.bitwise_and_(bits.sub_(bound).bitwise_right_shift_(31))
-    return values
+    last = [min(max(round(density * DRAWS), 1), DRAWS) - 1 for density in densities]
+    return _keep_(values, draws(key, start, values.shape[1]) <= np.array(last, np.uint16)[:, None])
+
+
+def drop_each_(values: Tensor, chances: Tensor, key: Sequence[int], start: int) -> Tensor:
+    """Zero each entry of float32 ``values [T, n]`` unless its draw is below its own chance, ``chances [T, n]``."""
+    last = (chances * DRAWS).round_().clamp_(1, DRAWS).sub_(1)
+    return _keep_(values, draws(key, start, values.shape[1]) <= last.cpu().numpy().astype(np.uint16))
+
+
+def _keep_(values: Tensor, kept: NDArray[np.bool_]) -> Tensor:
+    """Multiply ``values [T, n]`` by what is kept, in place (numpy converts in small pieces, torch all at once)."""
+    if values.device.type == "cpu":
+        np.multiply(values.numpy(), kept, out=values.numpy())
+        return values
+    return values.mul_(torch.from_numpy(kept).to(values.device))

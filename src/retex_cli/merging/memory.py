@@ -56,7 +56,7 @@ class Memory:
 
 
 def merge_steps(
-    method: Method, steps: Sequence[Merge | Copy], *, threads: int | None = 1, budget: int = DEFAULT
+    method: Method, steps: Sequence[Merge | Copy], *, threads: int = 1, budget: int = DEFAULT
 ) -> dict[str, Tensor]:
     """The merged tensors by name, in float32 and whole; what is copied is left out."""
     merges = [replace(step, dtype=torch.float32) for step in steps if isinstance(step, Merge)]
@@ -74,7 +74,7 @@ def merge_tensors(
     overrides: Mapping[str, Mapping[str, object]] | None = None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
-    threads: int | None = 1,
+    threads: int = 1,
 ) -> dict[str, Tensor]:
     """Merge floating-point tensors of any shape by a method of the table; results have the base's names and dtypes.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.merging.linear import sum_rows, sum_scale, weigh_
-from retex_cli.merging.masks import hashed, keys
+from retex_cli.merging.masks import drop_each_, keys
 from retex_cli.merging.options import Number, each
 from retex_cli.merging.selection import keep_count, order_statistics, shrink_bound
 from retex_cli.merging.sparse import disjoint_mean_, rescaled, trim_
@@ -100,15 +100,13 @@ def _mag_prune(
     view: View, row: int, densities: Sequence[float], windows: Sequence[float], *, divide: bool
 ) -> Callable[[Tensor, int], Tensor]:
     """MagPrune of whole rows of ``taus [T, n]``, in place; ``divide`` by the chance to be kept."""
-    key = keys(view.seed, view.name, view.tasks).to(view.device)
+    key = keys(view.seed, view.name, view.tasks)
 
     def prune(taus: Tensor, start: int) -> Tensor:
         keep = (magnitude_ranks(taus.view(-1, row)).div_(max(row - 1, 1)) if row > 1 else _middle(taus)).view_as(taus)
         for chance, density, window in zip(keep.unbind(0), densities, windows, strict=True):
             chance.sub_(0.5).mul_(window).add_(density).clamp_(1e-6, 1.0)
-        bound = (keep.double() * 2**31).clamp_(max=2**31 - 1).to(torch.int32)
-        kept = hashed(key, start, taus.shape[1]).sub_(bound).bitwise_right_shift_(31)
-        taus.view(torch.int32).bitwise_and_(kept)
+        drop_each_(taus, keep, key, start)
         return taus.div_(keep) if divide else taus
 
     return prune

@@ -27,7 +27,7 @@ def elected_(taus: Tensor, cancelled: str = "zero") -> Tensor:
     Entries whose mass cancels exactly have no sign and give 0, as the formula of TIES says; ``cancelled="plus"`` takes
     them for positive, as mergekit and peft do.
     """
-    sign = sum_rows_copy(taus).sign_()
+    sign = sum_rows(taus).sign_()
     if cancelled == "plus":
         sign.masked_fill_(sign.eq(0), 1)
     taus.mul_(sign).clamp_(min=0)
@@ -45,22 +45,13 @@ def disjoint_mean_(
     sign = elected_(weigh_(taus, weights), cancelled)
     if not normalise:
         return sum_rows(taus).mul_(sign)
-    total = sum_rows_copy(taus)
+    total = sum_rows(taus)
     below = sum_rows(weigh_(taus.sign_(), weights))
     if min(weights) > 0:
         below.clamp_(min=min(weights))  # where nothing agrees
     else:
         below.masked_fill_(below.eq(0), 1)
     return total.div_(below).mul_(sign)
-
-
-def sum_rows_copy(rows: Tensor) -> Tensor:
-    """Sum of ``rows [T, n]`` over T, in order, leaving them as they are."""
-    first, *others = rows.unbind(0)
-    total = torch.add(first, others[0]) if others else first.clone()
-    for row in others[1:]:
-        total.add_(row)
-    return total
 
 
 def ties_survey(views: Sequence[View], *, density: Number, scope: str, **others: Value) -> dict[str, float] | None:
@@ -109,15 +100,14 @@ def rescaled(view: View, prune: Prune, unit: int = 1) -> Prune:
 
 def _drop_and_rescale(view: View, density: Number, rescale: str) -> Prune:
     """DARE, arXiv 2311.03099, equation 2: keep each entry with probability ``density``, divide it by ``density``."""
-    key, shares = keys(view.seed, view.name, view.tasks).to(view.device), each(density, view.tasks)
+    key, shares = keys(view.seed, view.name, view.tasks), each(density, view.tasks)
+    below = torch.tensor(shares, device=view.device)[:, None]
 
     def drop(taus: Tensor, start: int) -> Tensor:
         return drop_(taus, shares, key, start)
 
     def divide(taus: Tensor, start: int) -> Tensor:
-        for row, share in zip(drop(taus, start).unbind(0), shares, strict=True):
-            row.div_(share)
-        return taus
+        return drop(taus, start).div_(below)
 
     if rescale == "l1":
         return rescaled(view, drop)

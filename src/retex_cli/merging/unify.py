@@ -8,7 +8,7 @@ from torch import Tensor
 from retex_cli.merging.linear import sum_rows, weigh_
 from retex_cli.merging.reduce import block_sums
 from retex_cli.merging.selection import Population, keep_count, order_statistics
-from retex_cli.merging.sparse import elected_, sum_rows_copy
+from retex_cli.merging.sparse import elected_
 from retex_cli.merging.view import Kernel, View
 
 
@@ -21,7 +21,7 @@ def emr(view: View) -> Kernel:
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
         taus = experts.sub_(base)
-        sign = sum_rows_copy(taus).sign_()
+        sign = sum_rows(taus).sign_()
         first, *others = taus.mul_(sign).unbind(0)
         for tau in others:
             torch.maximum(first, tau, out=first)
@@ -40,7 +40,7 @@ def consensus(view: View, *, tall_lambda: float, agreement: int, alpha: float) -
 
     def merge(base: Tensor, experts: Tensor, start: int) -> Tensor:
         taus = experts.sub_(base)
-        total = sum_rows_copy(taus)
+        total = sum_rows(taus)
         votes, rest = torch.zeros_like(total), torch.empty_like(total)
         for tau in taus.unbind(0):
             torch.sub(total, tau, out=rest)
@@ -54,7 +54,7 @@ def consensus(view: View, *, tall_lambda: float, agreement: int, alpha: float) -
 def _variance(taus: Tensor) -> Tensor:
     """Variance over tasks, biased, of each entry of ``taus [T, n]``: ``[n]``."""
     count = taus.shape[0]
-    mean = sum_rows_copy(taus).div_(count)
+    mean = sum_rows(taus).div_(count)
     return sum_rows((taus - mean).square_()).div_(count)
 
 

@@ -29,6 +29,10 @@ FOLDED = 0.04
 """Of the fp32 bytes: with less, BatchNorm's four vectors are coded as two."""
 COMPONENT_BITS = 6.0
 """What a kept component costs beside its entries: its level and its scale, entropy coded."""
+USUAL_BITS, FEWEST = 1.6, 4
+"""Bits an entry that most kept components end at, and components that are looked for in any tensor."""
+AMPLE = 1.25
+"""Share of the budget at which more components are looked for than were found."""
 MEASURED = 8
 """Leading long vectors on which the curve of a tensor is measured."""
 
@@ -64,15 +68,16 @@ class OffsetFitter:
         self._folded: dict[str, Prepared] = {}
         self._unfolded = FOLDED * sum(4 * math.prod(shape) for _, shape in layout)
 
-    def prepare(self, delta: Tensor) -> Prepared:
+    def prepare(self, delta: Tensor, rank: int | None = None) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
 
-        ``delta`` is the offset ``expert - merged`` of one tensor, float32, on any device.
+        ``delta`` is the offset ``expert - merged`` of one tensor, float32, on any device. ``rank``: how many components
+        to look for; by default what its share of the budget, by its size, is likely to pay for. See ``short``.
         """
         if delta.ndim < 2:
             vector = delta.reshape(-1).cpu()
             return vector, _vector_candidates(vector)
-        components = decompose(as_matrix(delta), self._affordable(tuple(delta.shape)))
+        components = decompose(as_matrix(delta), rank or self._first_rank(tuple(delta.shape)))
         return components, _component_candidates(components)
 
     def update(self, name: str, prepared: Prepared) -> None:
@@ -89,9 +94,25 @@ class OffsetFitter:
             return self._folded[name]
         return self._prepared[name]
 
-    def _affordable(self, shape: Shape) -> int:
-        """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
-        return int(8 * self.budget / (max(shape[0], 1) / 2)) + 1
+    def _first_rank(self, shape: Shape) -> int:
+        """Twice what a share of the budget in proportion to the tensor's size pays for, and never more than the whole
+        budget would pay for, at half a bit an entry of the longer side."""
+        size = sum(math.prod(other) for _, other in self._layout)
+        share = 8 * self.budget * math.prod(shape) / max(size, 1)
+        likely = math.ceil(2 * share / (USUAL_BITS * max(sum(stream.sides(shape)), 1))) + FEWEST
+        return min(likely, int(8 * self.budget / (max(shape[0], 1) / 2)) + 1)
+
+    def short(self) -> dict[str, int]:
+        """Tensors of which too few components were looked for, and how many to look for next: with somewhat more than
+        the budget, all that were found would be kept. As energies fall, components beyond one that is not worth its
+        bits are not, either: once nothing is short the allocation is that of full decompositions."""
+        candidates = self.candidates()
+        found = allocate(candidates, AMPLE * 8 * self.budget)
+        return {
+            name: math.ceil(1.5 * len(chosen)) + FEWEST
+            for (name, _), candidate, chosen in zip(self._layout, candidates, found, strict=True)
+            if candidate.rest > 0 and 0 < len(chosen) == len(candidate.energies)
+        }
 
     def candidates(self) -> list[Candidates]:
         """What could be kept of every tensor of the layout, in its order."""
@@ -164,7 +185,7 @@ class OffsetFitter:
 
     def _candidates(self, name: str) -> Candidates:
         if name not in self._prepared:
-            return Candidates(*(np.zeros(0) for _ in range(3)))
+            return Candidates(np.zeros(0), np.zeros(0), np.zeros(0))
         candidates = self._of(name)[1]
         return replace(candidates, energies=candidates.energies * self.weights.get(name, 1.0))
 
@@ -290,7 +311,7 @@ def _component_candidates(components: Components) -> Candidates:
         levels = np.minimum(np.arange(LEVELS) + shift, len(curve.rates) - 1)
         kept *= 1 - curve.distortions[levels]
         bits += length * curve.rates[levels]
-    return Candidates(components.values.double().square().numpy(), kept, bits)
+    return Candidates(components.values.double().square().cpu().numpy(), kept, bits, components.missed)
 
 
 def _curve(vectors: Tensor, length: int) -> Curve:

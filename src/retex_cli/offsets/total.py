@@ -40,6 +40,6 @@ def _expected_bits(candidates: Sequence[Candidates], noises: Sequence[Noise], bi
             continue
         left = candidate.energies.copy()
         left[: len(levels)] *= 1 - candidate.kept[np.array(levels, dtype=np.int64)]
-        variance = max(float(left.sum()), 0.0) / noise.entries / noise.step**2 + 1 / 12
+        variance = (max(float(left.sum()), 0.0) + candidate.rest) / noise.entries / noise.step**2 + 1 / 12
         total += float(candidate.bits[levels].sum()) + noise.entries / 2 * math.log2(2 * math.pi * math.e * variance)
     return total
