@@ -151,6 +151,30 @@ def _architectures() -> str:
     return text + source(name, result) + "\n"
 
 
+def _lossless() -> str:
+    """Bytes of experts that come back bit for bit, beside general compressors."""
+    text = ""
+    for suite, entry in (load("lossless") or {}).items():
+        assert isinstance(entry, dict)
+        tasks = {
+            task: found for task, found in entry["tasks"].items() if {"retex", "xor", "zstd", "xz"} <= found.keys()
+        }
+        if not tasks:
+            continue
+        text += (
+            f"**`--lossless`**, {suite}: bytes of one expert's weights, all of them back bit for bit; XOR: the byte "
+            "planes of expert XOR merged checkpoint under `zstd -19`.\n\n"
+        )
+        text += row(["task", "expert", "retex", "of the expert", "XOR", "`zstd -19`", "`xz -9`"]) + "|---" * 7 + "|\n"
+        for task, found in tasks.items():
+            assert found["retex"]["identical"]
+            ours, whole = found["retex"]["bytes"], found["expert_bytes"]
+            rivals = [f"{found[name]:,}" for name in ("xor", "zstd", "xz")]
+            text += row([task, f"{whole:,}", f"{ours:,}", f"{percent(ours / whole)} %", *rivals])
+        text += "\n" + source("lossless", entry) + "\n"
+    return text
+
+
 def _recovery() -> str:
     """An expert as a file: time beside a plain copy, memory by depth, the decoder."""
     name = "recovery"
@@ -173,6 +197,33 @@ def _recovery() -> str:
         f"The decoder reads {rates} million symbols a second on one core ({factors} up to the factors).\n\n"
     )
     return text + source(name, result) + "\n"
+
+
+def _offsets_speed() -> str:
+    """Large models: merge, fit and recover as whole processes."""
+    name = "offsets_speed"
+    result = load(name)
+    if result is None:
+        return ""
+    models = result["models"]
+    assert isinstance(models, dict)
+    text = (
+        "**Large models**, random weights and white-noise task vectors: whole processes, seconds and anonymous MB. "
+        "Recovery into a folder that is on the disk, beside a process that only plans it and a plain copy.\n\n"
+    )
+    heads = ["models", "merge s", "MB", "budget", "fit s", "MB", "recover s", "MB", "plan s", "copy s", "times a copy"]
+    text += row(heads) + "|---" * len(heads) + "|\n"
+    for entry in models.values():
+        merge, recover, start, copy = (entry[key] for key in ("merge", "recover", "start", "copy_s"))
+        times = (recover["wall_s"] - start["wall_s"]) / copy
+        after = [f"{recover['wall_s']:.1f}", f"{recover['anon_mb']:.0f}", f"{start['wall_s']:.1f}", f"{copy:.1f}"]
+        for budget, fit in entry["fit"].items():
+            cells = [entry["what"], f"{merge['wall_s']:.0f}", f"{merge['anon_mb']:.0f}"]
+            cells += [budget.replace("%", " %"), f"{fit['wall_s']:.0f}", f"{fit['anon_mb']:.0f}"]
+            text += row([*cells, *after, f"{times:.2f}"])
+    commits = {str(entry["commit"])[:10] for entry in models.values()}
+    note = "" if len(commits) == 1 else f" Measured at {' and '.join(f'`{commit}`' for commit in sorted(commits))}.\n\n"
+    return text + "\n" + note + source(name, result) + "\n"
 
 
 def _switching() -> str:
@@ -201,5 +252,5 @@ def _switching() -> str:
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
     accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8")]
-    parts = [*accuracy, _speed(), _recovery(), _switching(), _architectures()]
+    parts = [*accuracy, _lossless(), _speed(), _offsets_speed(), _recovery(), _switching(), _architectures()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

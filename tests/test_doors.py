@@ -10,12 +10,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "retex_cli"
 
-COMMON = {"errors", "progress"}
+COMMON = {"allocator", "errors", "progress"}
 MATHS = {"merging", "offsets", "signatures"}
 #: Room or file of the package -> what of the package it may import, beside itself; "" is ``retex_cli/__init__.py``.
 DOORS: dict[str, set[str]] = {
     "": {*COMMON, "commands"},
     "__main__": {"cli"},
+    "allocator": set(),
     "errors": set(),
     "progress": set(),
     "parallel": set(),

@@ -23,7 +23,7 @@ from retex_cli.progress import Progress, Silent
 if TYPE_CHECKING:
     from retex_cli.commands.build_signatures import BuildSignaturesReport
     from retex_cli.commands.eval_report import EvalReport
-    from retex_cli.commands.fit_offsets import FitOffsetsReport
+    from retex_cli.commands.fit_report import FitOffsetsReport
     from retex_cli.commands.identify import IdentifyReport
     from retex_cli.commands.init import InitReport
     from retex_cli.commands.inspect import InspectReport
@@ -142,17 +142,35 @@ def fit_offsets(
     experts: Mapping[str, str],
     output: str,
     *,
-    budget: str = "0.25%",
+    budget: str | None = None,
     base: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    add: Mapping[str, str] | None = None,
+    remove: Sequence[str] = (),
+    lossless: bool = False,
+    total_budget: str | None = None,
+    target: float | None = None,
+    inputs: Mapping[str, str] | None = None,
+    model: str | None = None,
+    batch_size: int = 32,
+    refine: bool = False,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> FitOffsetsReport:
     """Fit the offsets from ``merged`` to every expert, at most ``budget`` per task, and write them to one file.
 
-    ``base`` is needed only where an expert is a LoRA adapter.
+    In the place of ``budget``: ``total_budget`` for all tasks together, shared out by what each needs, or ``target``,
+    the share of held-out inputs (the last quarter of each task's ``inputs``, task name to path) on which a recovered
+    expert is to give the expert's own answer, in the smallest file that does. ``model`` and ``batch_size`` say how
+    inputs are run. ``refine`` trains the offsets on the first 256 of each task's ``inputs``. ``lossless`` adds an exact
+    correction, so that recovery gives an expert's very bits. With none of
+    the three the budget is 0.25%, or with ``lossless`` the one at which offsets and correction are smallest together.
+    ``base`` is needed only where an expert is a LoRA adapter. With ``add`` (task name to reference) or ``remove``, and
+    no ``experts``, the file ``output`` is changed: tasks join it or leave it, and the others stay as they are.
     """
+    from retex_cli.commands import change_offsets
     from retex_cli.commands import fit_offsets as command
 
     config = command.FitOffsetsConfig(
@@ -164,7 +182,19 @@ def fit_offsets(
         device=device,
         threads=threads,
         overwrite=overwrite,
+        add=add or {},
+        remove=tuple(remove),
+        lossless=lossless,
+        total_budget=total_budget,
+        target=target,
+        inputs=inputs or {},
+        model=model,
+        batch_size=batch_size,
+        refine=refine,
+        seed=seed,
     )
+    if add or remove:
+        return change_offsets.run(change_offsets.plan(config), progress or Silent())
     return command.run(command.plan(config), progress or Silent())
 
 

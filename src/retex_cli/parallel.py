@@ -32,14 +32,19 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """``map`` over threads; at most one result beyond the number of threads waits to be taken."""
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, waiting_results: int = 1
+) -> Iterator[Result]:
+    """``map`` over threads; at most ``waiting_results`` beyond the number of threads wait to be taken.
+
+    More of them, where they are small, keep all threads at work while one has an item that takes long.
+    """
     with one_thread_each(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > threads:
+                if len(waiting) >= threads + waiting_results:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

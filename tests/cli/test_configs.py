@@ -129,7 +129,7 @@ SPELT = {"cars": "x", "dtd": "y"}
         ),
         (
             ("fit-offsets", *EXPERTS),
-            {"merged": "merged", "experts": SPELT, "output": "offsets.safetensors", "budget": "0.25%", "base": None},
+            {"merged": "merged", "experts": SPELT, "output": "offsets.safetensors", "budget": None, "base": None},
         ),
         (
             "fit-offsets --expert cars=x --merged m --budget 1% --base b -o o.st --threads 2 --overwrite".split(),

@@ -107,7 +107,7 @@ def test_plain_progress_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.close(done=False)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "merging ..."
-    assert "merging: 3/100" in lines
+    assert "merging: 3/100, about 517 s left" in lines
     assert len(lines) < 60, "not a line for every step"
     assert lines[-3].startswith("a fallback")
     assert lines[-2].startswith("merging: 100/100 in ")

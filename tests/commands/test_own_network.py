@@ -189,3 +189,47 @@ def test_the_flag_beats_the_file_and_a_wrong_one_is_wrong_usage(here: Path, rete
     result = retex("build-signatures", "-w", here, "--model", flag)
     assert result.code == 2
     assert flag in result.err
+
+
+def test_offsets_refined_on_inputs_are_nearer_and_within_the_budget(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here).code == 0
+    budget = ("--budget", "12%")
+    agreement = {}
+    for how, flags in {"plain": (), "refined": ("--refine",)}.items():
+        name = here / f"{how}.safetensors"
+        fitted = retex("fit-offsets", "-w", here, *budget, *flags, "-o", name, "--json")
+        assert fitted.code == 0, fitted.err
+        for row in fitted.json["tasks"].values():  # type: ignore[attr-defined]
+            assert row["offset_bytes"] <= row["budget_bytes"]
+        agreement[how] = distances(here, retex, name)
+    for task in SIDES:
+        assert agreement["refined"][task] < agreement["plain"][task]
+    recipe = retex("inspect", here / "refined.safetensors", "--json").json["recipe"]["refine"]  # type: ignore[index]
+    assert {task: each["inputs"] for task, each in recipe["inputs"].items()} == dict.fromkeys(SIDES, 48)
+
+
+def distances(here: Path, retex: Retex, offsets: Path) -> dict[str, float]:
+    """Of the logits of a recovered expert from the expert's own, on test pictures."""
+    space: dict[str, object] = {}
+    exec(MODULE, space)
+    found = {}
+    for task in SIDES:
+        place = here / f"{task}-{offsets.stem}"
+        assert retex("recover", "-w", here, "--offsets", offsets, "--task", task, "-o", place).code == 0
+        config = json.loads((here / "experts" / task / "config.json").read_text())
+        outputs = []
+        for folder in (here / "experts" / task, place):
+            network = space["build"](config).eval()  # type: ignore[operator]
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+            outputs.append(network(pictures(task, 48, seed=4)[0]).detach())
+        found[task] = float((outputs[0] - outputs[1]).square().mean())
+    return found
+
+
+def test_refining_says_what_it_cannot_do(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here).code == 0
+    refused = retex("fit-offsets", "-w", here, "--refine", "--target", "90")
+    assert refused.code == 2
+    assert "--refine and --target" in refused.err
+    refused = retex("fit-offsets", "-w", here, "--refine", "--lossless", "--overwrite")
+    assert "--refine and --lossless" in refused.err

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retex_cli.offsets.coder import CorruptOffsets
-from retex_cli.offsets.decompose import as_matrix, decompose
+from retex_cli.offsets.decompose import as_matrix
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import decode
@@ -91,15 +91,6 @@ def test_a_budget_below_the_least_names_the_least(deltas: dict[str, torch.Tensor
     assert len(fit(deltas, caught.value.minimum)) <= caught.value.minimum
 
 
-def test_decompose_is_the_singular_value_decomposition() -> None:
-    for shape in ((20, 7), (7, 20), (5, 5)):
-        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-        found = decompose(matrix, 100)
-        expected = torch.linalg.svdvals(matrix.double())
-        torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close((found.left * found.values) @ found.right, matrix, rtol=1e-4, atol=1e-5)
-
-
 def test_convolutions_are_matrices_of_their_outputs() -> None:
     assert as_matrix(torch.zeros(16, 8, 3, 3)).shape == (16, 72)
 
@@ -128,3 +119,39 @@ def test_the_predictor_is_linear_in_the_task_embedding(deltas: dict[str, torch.T
     assert torch.equal(predictor.delta("b.bias", (48,), {"x": 0.5, "y": 0.5}, CPU), bias), "what is kept stays as it is"
     assert predictor.delta("e.empty", (0, 4), {"x": 1.0}, CPU) is None
     assert predictor.tasks == ("x", "y")
+
+
+def steep(shape: tuple[int, int], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator)).Q
+    return (left * torch.arange(1, min(shape) + 1).float() ** -0.3) @ right.T
+
+
+def test_few_components_are_looked_for_and_more_where_the_budget_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = [("large", (400, 2000)), ("small", (300, 300))]
+    deltas = {"large": 0.01 * steep((400, 2000), 1), "small": steep((300, 300), 2)}
+    fitter = OffsetFitter(layout, 12_000)
+    for name, delta in deltas.items():
+        fitter.update(name, fitter.prepare(delta))
+    assert set(fitter.short()) == {"small"}, "all of the energy is there, not only its share by size"
+    rounds = 0
+    while short := fitter.short():
+        rounds += 1
+        for name, rank in short.items():
+            fitter.update(name, fitter.prepare(deltas[name], rank))
+    assert 0 < rounds < 10
+    found = fitter.finish()
+    monkeypatch.setattr(OffsetFitter, "_first_rank", lambda self, shape: 300)
+    whole = OffsetFitter(layout, 12_000)
+    for name, delta in deltas.items():
+        whole.update(name, whole.prepare(delta))
+    assert whole.short() == {}
+    ours, best = (lost(layout, deltas, data) for data in (found, whole.finish()))
+    assert ours <= 1.01 * best
+
+
+def lost(layout: list[tuple[str, tuple[int, int]]], deltas: dict[str, torch.Tensor], data: bytes) -> float:
+    factors = decode(data, layout)
+    back = {name: factors[name].delta(shape, CPU) if name in factors else torch.zeros(shape) for name, shape in layout}
+    return sum((deltas[name] - back[name]).square().sum().item() for name in deltas)

@@ -206,13 +206,43 @@ def fit_offsets(
         str | None,
         typer.Option("--budget", metavar="SIZE", help="Per task: 0.25%, 80KB, 1MB or 0.1bpp. [default: 0.25%]"),
     ] = None,
+    total_budget: Annotated[
+        str | None,
+        typer.Option("--total-budget", metavar="SIZE", help="Of all tasks together, shared out by what each needs."),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--target", metavar="PERCENT", help="The smallest file that agrees with the experts on held-out inputs."
+        ),
+    ] = None,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Store what is missing to the last bit, too; --budget is chosen if it is not given."
+        ),
+    ] = False,
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", metavar="NAME=REF", help="Add a task to the file; the others stay as they are. Repeat."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="NAME", help="Take a task out of the file. Repeat.")
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Train the offsets on each task's unlabelled inputs, within the budget.")
+    ] = False,
     base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
+    inputs: shared.Inputs = None,
+    model: shared.Model = None,
+    batch_size: shared.BatchSize = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="The offsets. [default: offsets.safetensors]"),
     ] = None,
     device: shared.Device = "auto",
     threads: shared.Threads = None,
+    seed: shared.Seed = 0,
     overwrite: shared.Overwrite = False,
     workspace: shared.Place = None,
     dry_run: shared.DryRun = False,
@@ -222,29 +252,53 @@ def fit_offsets(
 ) -> None:
     """Fit what brings each expert back.
 
-    The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data. What a
-    task has beyond the base (its head, labels, tokenizer) travels in the same file.
+    The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data, except for
+    --target, which compares answers on the last quarter of each task's unlabelled inputs, and for --refine, which lets
+    the recovered network learn the expert's features and answers on the first 256 of them. What a task has beyond the
+    base (its head, labels, tokenizer) travels in the same file. With --lossless recovery gives the expert back bit for
+    bit, checked by SHA-256.
 
     \b
     retex fit-offsets --budget 0.25%
+    retex fit-offsets --target 99.5
+    retex fit-offsets --budget 0.1% --refine
     retex fit-offsets --merged merged/ --expert cars=org/base-cars --expert dtd=dtd/
+    retex fit-offsets --add pets=org/base-pets
     """
     how = How(dry_run, quiet, as_json)
     space = Workspace.load(workspace)
-    experts = space.with_experts(pairs(expert, "--expert"))
-    from retex_cli.commands import fit_offsets as command
+    named, joining, leaving = pairs(expert, "--expert"), pairs(add, "--add"), tuple(dict.fromkeys(remove or ()))
+    changes = bool(joining or leaving)
+    said = any(value is not None for value in (budget, total_budget, target))
+    chosen = budget if said else space.offsets.budget
+    if lossless and budget is None and chosen:
+        note(f"{space.where}: budget = {space.offsets.budget!r} is used; without it --lossless chooses one")
+    from retex_cli.commands import change_offsets, fit_offsets
 
-    config = command.FitOffsetsConfig(
+    config = fit_offsets.FitOffsetsConfig(
         merged=merged or space.path(MERGED),
-        experts=experts,
+        experts=named if changes else space.with_experts(named),
         output=output or space.path(OFFSETS),
-        budget=budget or space.offsets.budget or "0.25%",
+        budget=chosen,
+        total_budget=total_budget,
+        target=None if target is None else target / 100,
+        inputs=space.field("inputs", pairs(inputs, "--inputs")),
+        model=model_of(space, model),
+        batch_size=batch_size or space.eval.batch_size or 32,
+        lossless=lossless,
+        refine=refine,
+        seed=seed,
         base=base or space.base,
         device=device,
         threads=threads,
         overwrite=overwrite,
+        add=joining,
+        remove=leaving,
     )
-    perform(command.plan, command.run, config, how)
+    if changes:
+        perform(change_offsets.plan, change_offsets.run, config, how)
+    else:
+        perform(fit_offsets.plan, fit_offsets.run, config, how)
 
 
 def build_signatures(

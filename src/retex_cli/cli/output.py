@@ -117,9 +117,10 @@ class PlainProgress:
         """Count steps; say so when the last line is old enough. Safe from any thread."""
         with self._lock:
             self._done += steps
-            if self._done < self._total and time.monotonic() - self._last >= EVERY_SECONDS:
+            if 0 < self._done < self._total and time.monotonic() - self._last >= EVERY_SECONDS:
                 self._last = time.monotonic()
-                self._say(f"{self._label}: {self._done}/{self._total}")
+                left = (self._last - self._began) / self._done * (self._total - self._done)
+                self._say(f"{self._label}: {self._done}/{self._total}, about {left:.0f} s left")
 
     def note(self, text: str) -> None:
         """One line."""
@@ -141,11 +142,11 @@ class BarProgress:
     """A bar per stage on a terminal; notes appear above it."""
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        self._bars = Bars(*columns, TimeElapsedColumn(), console=_console(stream))
+        self._bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_console(stream))
         self._stage: TaskID | None = None
 
     def start(self, label: str, total: int) -> None:

@@ -40,7 +40,7 @@ def read_inputs(task: str, path: str | None, samples: int, *, hold_out: bool) ->
     """
     if path is None:
         raise UsageError(
-            f"task {task!r} has no inputs, and this merge measures on every task's",
+            f"task {task!r} has no inputs, and every task's are to be looked at",
             f"give --inputs {task}=FILE, or inputs under [tasks.{task}] in retex.toml",
         )
     rows = tuple(read_rows(Path(path)))

@@ -16,7 +16,7 @@ from retex_cli.progress import Progress
 MOST_GROUPS = 40
 """Rows of the tensor table beyond which groups are taken together by their first words."""
 
-TASK_SECTIONS = {"offsets": "offsets", "tensors": "task tensors", "rows": "task tensors"}
+TASK_SECTIONS = {"offsets": "offsets", "tensors": "task tensors", "rows": "task tensors", "exact": "correction"}
 """First word of a tensor's name in an offsets file -> column; the task's name follows it."""
 
 
@@ -199,6 +199,7 @@ def _tasks(kind: str, infos: Iterable[TensorInfo], metadata: dict[str, str]) -> 
     if kind not in ("retex.offsets", "retex.signatures"):
         return {}
     records = _object(metadata.pop("tasks", None))
+    metadata.pop("checks", None)
     tasks: dict[str, dict[str, object]] = {task: {} for task in sorted(records)}
     for info in infos:
         section, _, rest = info.name.partition("/")

@@ -1,7 +1,8 @@
 """The offsets artefact: for every task what turns the merged checkpoint back into its expert.
 
 Tensors of the file: ``offsets/TASK`` the coded offsets (bytes), ``tensors/TASK/NAME`` task tensors verbatim,
-``rows/TASK/NAME`` the rows that the expert has beyond the merged checkpoint's, ``files/SHA256`` side files that the
+``rows/TASK/NAME`` the rows that the expert has beyond the merged checkpoint's, ``exact/TASK/NAME`` what a lossless
+task's prediction lacks, ``files/SHA256`` side files that the
 merged folder does not have, ``digests`` the start of the SHA-256 of every merged tensor. The header holds the rest;
 ``docs/format.md`` is its contract.
 """
@@ -18,19 +19,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retex_cli.commands import checks
+from retex_cli.commands.corrections import restore
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment
 from retex_cli.io.artefact import open_artefact
-from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.checkpoint import Checkpoint, TensorInfo
 from retex_cli.io.dtypes import CODES, DTYPES
+from retex_cli.io.provenance import fingerprint
 from retex_cli.io.writer import TensorSpec
 from retex_cli.offsets.coder import CorruptOffsets
-from retex_cli.offsets.domain import from_domain, to_domain
+from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.offsets.stream import Factors, Shape, decode
 
 FORMAT = "retex.offsets"
-VERSION = 1
+PLAIN, LOSSLESS = 1, 2
+"""Versions: a file without any lossless task is the first, so that it can be read by what knows no other."""
 
 Layout = list[tuple[str, Shape]]
 
@@ -47,7 +52,8 @@ class TaskRecord:
     ``names``: merged name -> expert name where swapping ``prefix`` does not give it. ``absent``: merged tensors that
     the expert does not have. ``dtype``: the expert's usual element type, ``dtypes`` the exceptions by expert name.
     ``rows``: merged name -> rows in common, where the expert has more. ``files``: side file -> SHA-256.
-    ``fingerprint`` is the expert's, ``checksum`` the SHA-256 of the coded offsets.
+    ``fingerprint`` is the expert's, ``checksum`` the SHA-256 of the coded offsets. ``correction_bytes``: what makes a
+    lossless task's expert exact; 0 for any other.
     """
 
     expert: str
@@ -64,6 +70,7 @@ class TaskRecord:
     dtypes: Mapping[str, str]
     rows: Mapping[str, int]
     files: Mapping[str, str]
+    correction_bytes: int = 0
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> TaskRecord:
@@ -104,24 +111,61 @@ class Part:
     merged: str | None
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tasks: records by task, why others cannot be believed, and digests (see ``checks``)."""
+
+    records: Mapping[str, TaskRecord]
+    damaged: Mapping[str, str]
+    checks: Mapping[str, str]
+
+
+def open_offsets(path: str) -> tuple[Checkpoint, Header]:
+    """An offsets artefact by its header. RetexError for any other file and for a header damaged as a whole."""
+    file = open_artefact(path, format=FORMAT, versions={PLAIN, LOSSLESS})
+    try:
+        entries = json.loads(file.metadata["tasks"])
+        found = json.loads(file.metadata.get(checks.KEY, "{}"))
+        digests = file.tensors["digests"]
+        if not file.metadata["merged"] or digests.dtype != torch.uint8 or len(digests.shape) != 2:
+            raise ValueError("what belongs to it is not said")
+        records, hurt = {}, {}
+        for task in sorted(entries):
+            try:
+                records[task] = TaskRecord.from_json(entries[task])
+                if found and found.get(task) != checks.of_record(entries[task]):
+                    raise ValueError("its entry has another digest")
+            except (KeyError, TypeError, ValueError) as error:
+                records.pop(task, None)
+                hurt[task] = f"in the header: {error}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RetexError(f"{path}: damaged header: {error}", "fit the offsets again") from error
+    return file, Header(records, hurt, found)
+
+
+def task_record(path: str, records: Mapping[str, TaskRecord], name: str) -> TaskRecord:
+    """UsageError, with the closest names, for a task that the file does not have."""
+    if name in records:
+        return records[name]
+    close = get_close_matches(name, records, 3, 0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(records)}"
+    raise UsageError(f"{path}: no task {name!r}", hint)
+
+
 class OffsetsFile:
     """An opened offsets artefact and the merged checkpoint that it belongs to."""
 
     def __init__(self, path: str, merged: Checkpoint) -> None:
         self.path = path
         self.merged = merged
-        self._file = open_artefact(path, format=FORMAT, versions={VERSION})
-        try:
-            header = json.loads(self._file.metadata["tasks"])
-            self.tasks = {task: TaskRecord.from_json(header[task]) for task in sorted(header)}
-            self.fingerprint = self._file.metadata["merged"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RetexError(f"{path}: damaged header: {error}", "fit the offsets again") from error
+        self.file, self._header = open_offsets(path)
+        self.tasks = self._header.records
+        self.fingerprint = self.file.metadata["merged"]
         self._check_layout()
 
     def _check_layout(self) -> None:
         names = sorted(self.merged.tensors)
-        count = self._file.tensors["digests"].shape[0]
+        count = self.file.tensors["digests"].shape[0]
         if count != len(names):
             raise RetexError(
                 f"{self.path}: belongs to another merged checkpoint: it has {count} tensors, "
@@ -131,7 +175,7 @@ class OffsetsFile:
 
     def check_merged(self, digests: Mapping[str, bytes]) -> None:
         """RetexError unless ``digests`` (SHA-256 of every merged tensor) are those the offsets were fitted to."""
-        stored = self._file.read("digests")
+        stored = self.file.read("digests")
         for name, row in zip(sorted(self.merged.tensors), stored, strict=True):
             expected = bytes(row.tolist())
             if digests[name][: len(expected)] != expected:
@@ -140,14 +184,29 @@ class OffsetsFile:
                     f"{expected.hex()}…, in {self.merged.reference} it has {digests[name][: len(expected)].hex()}…",
                     "give the merged checkpoint that the offsets were fitted to, or fit them again",
                 )
+        found = fingerprint_of(self.merged, digests)
+        if found != self.fingerprint:  # the same numbers under other names or in another shape
+            raise RetexError(
+                f"{self.path}: belongs to another merged checkpoint: its fingerprint was {self.fingerprint[:16]}…, "
+                f"that of {self.merged.reference} is {found[:16]}…",
+                "give the merged checkpoint that the offsets were fitted to, or fit them again",
+            )
+
+    def check_expert(self, task: str, found: str) -> None:
+        """RetexError unless ``found`` is the fingerprint of a lossless task's expert."""
+        expected = self.task(task).fingerprint
+        if found != expected:
+            raise RetexError(
+                f"{self.path}: the expert of task {task!r} does not come back bit for bit: its fingerprint was "
+                f"{expected[:16]}…, that of what was recovered is {found[:16]}…",
+                "a task tensor is damaged: get the file again",
+            )
 
     def task(self, name: str) -> TaskRecord:
-        """UsageError, with the closest names, for a task that the file does not have."""
-        if name in self.tasks:
-            return self.tasks[name]
-        close = get_close_matches(name, self.tasks, 3, 0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(self.tasks)}"
-        raise UsageError(f"{self.path}: no task {name!r}", hint)
+        """UsageError, with the closest names, for a task that the file does not have; RetexError for a damaged one."""
+        if name in self._header.damaged:
+            raise checks.damaged(self.path, name, self._header.damaged[name])
+        return task_record(self.path, self.tasks, name)
 
     def predictor(self, tasks: Iterable[str]) -> Predictor:
         """Decoded offsets of these tasks; see ``factors``."""
@@ -156,8 +215,10 @@ class OffsetsFile:
     def factors(self, task: str) -> dict[str, Factors]:
         """Decoded offsets of one task by merged name. RetexError where its bytes are damaged; others still decode."""
         record = self.task(task)
-        data = self._file.read(f"offsets/{task}").numpy().tobytes()
         try:
+            if f"offsets/{task}" not in self.file.tensors:
+                raise CorruptOffsets("they are not there")
+            data = self.file.read(f"offsets/{task}").numpy().tobytes()
             if hashlib.sha256(data).hexdigest() != record.checksum:
                 raise CorruptOffsets("its SHA-256 is not the one in the header")
             return decode(data, layout_of(self.merged))
@@ -172,7 +233,21 @@ class OffsetsFile:
         record = self.task(task)
         if merged_name not in record.rows:
             return 0
-        return self._file.tensors[f"rows/{task}/{record.expert_name(merged_name)}"].shape[0]
+        return self._own(task, f"rows/{task}/{record.expert_name(merged_name)}").shape[0]
+
+    def _own(self, task: str, name: str) -> TensorInfo:
+        """A tensor that is the task's own. RetexError where it is missing."""
+        if name not in self.file.tensors:
+            raise checks.damaged(self.path, task, f"tensor {name!r} is not there")
+        return self.file.tensors[name]
+
+    def _read_own(self, task: str, name: str) -> Tensor:
+        """Its data. RetexError where they are not what was written."""
+        self._own(task, name)
+        tensor = self.file.read(name)
+        if self._header.checks and self._header.checks.get(name) != checks.of_tensor(tensor):
+            raise checks.damaged(self.path, task, f"tensor {name!r} has another digest")
+        return tensor
 
     def parts(self, head: str) -> list[Part]:
         """The tensors of an expert with the head of task ``head``, by name."""
@@ -187,10 +262,17 @@ class OffsetsFile:
                 shape = (shape[0] + self.rows(head, name), *shape[1:])
             parts.append(Part(TensorSpec(expert_name, record.expert_dtype(expert_name), shape), name))
         start = f"tensors/{head}/"
-        for name, info in self._file.tensors.items():
+        for name in self._header.checks:
+            if name.startswith(start):
+                self._own(head, name)
+        for name, info in self.file.tensors.items():
             if name.startswith(start):
                 parts.append(Part(TensorSpec(name.removeprefix(start), info.dtype, info.shape), None))
         return sorted(parts, key=lambda part: part.spec.name)
+
+    def is_exact(self, embedding: Embedding, head: str) -> bool:
+        """Whether ``make`` gives the very bits of an expert: one lossless task alone, with its own head."""
+        return dict(embedding) == {head: 1.0} and self.task(head).correction_bytes > 0
 
     def make(
         self,
@@ -202,30 +284,40 @@ class OffsetsFile:
         device: torch.device,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The data of one part; ``merged`` is the merged tensor it is made from. Sums are in float32, on ``device``.
+        """The data of one part; ``merged`` is the merged tensor it is made from.
 
-        What has no offset stays on the device where it is. ``out``, contiguous float32 of the merged tensor's shape on
-        ``device``, is memory to do sums in; what is returned may be that.
+        Where ``is_exact`` it is the expert's tensor in the expert's own type, on the CPU, and RetexError if it would
+        not be. Otherwise sums are in float32, on ``device``; what has no offset stays on the device where it is.
+        ``out``, contiguous float32 of the merged tensor's shape on ``device``, is memory to do sums in; what is
+        returned may be that.
         """
         spec = part.spec
         if part.merged is None or merged is None:
-            return self._file.read(f"tensors/{head}/{spec.name}")
-        delta = predictor.delta(part.merged, tuple(merged.shape), embedding, device, out)
+            return self._read_own(head, f"tensors/{head}/{spec.name}")
         name = part.merged
-        # into the offset's own memory: a third tensor of this size would cost more than the sum
-        value = merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))
-        value = value.to(spec.dtype)
+        if self.is_exact(embedding, head) and merged.is_floating_point():
+            value = self._restored(spec.name, name, merged, predictor, head)
+        else:
+            value = predictor.add_to(name, merged, embedding, device, out).to(spec.dtype)
         if merged.shape != spec.shape:
-            value = torch.cat([value, self._file.read(f"rows/{head}/{spec.name}").to(value.device)])
+            value = torch.cat([value, self._read_own(head, f"rows/{head}/{spec.name}").to(value.device)])
         return value
+
+    def _restored(self, expert_name: str, name: str, merged: Tensor, predictor: Predictor, task: str) -> Tensor:
+        """An exact tensor of a lossless task; integers and their order are the CPU's, wherever the weights are kept."""
+        dtype, factors = self.task(task).expert_dtype(expert_name), predictor.factors(task, name)
+        predicted = prediction(name, merged.cpu(), None if factors is None else factors.to(torch.device("cpu")), dtype)
+        return restore(self.file, self.path, task, expert_name, predicted, dtype).reshape(merged.shape)
 
     def side_files(self, task: str) -> dict[str, bytes]:
         """Config, tokenizer and other files of a task's expert. RetexError names one that is nowhere to be found."""
         ours = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in self.merged.side_files().values()}
         found = {}
         for name, digest in self.task(task).files.items():
-            if f"files/{digest}" in self._file.tensors:
-                found[name] = self._file.read(f"files/{digest}").numpy().tobytes()
+            if f"files/{digest}" in self.file.tensors:
+                found[name] = self.file.read(f"files/{digest}").numpy().tobytes()
+                if hashlib.sha256(found[name]).hexdigest() != digest:
+                    raise checks.damaged(self.path, task, f"its file {name} has another SHA-256")
             elif digest in ours:
                 found[name] = ours[digest].read_bytes()
             else:
@@ -237,12 +329,27 @@ class OffsetsFile:
         return found
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
-def tasks_json(records: Mapping[str, TaskRecord]) -> str:
-    """The header entry ``tasks``."""
-    return json.dumps({task: asdict(records[task]) for task in sorted(records)}, separators=(",", ":"))
+def fingerprint_of(merged: Checkpoint, digests: Mapping[str, bytes]) -> str:
+    """The fingerprint of a checkpoint whose tensors' digests are known."""
+    return fingerprint({name: (info.dtype, info.shape, digests[name]) for name, info in merged.tensors.items()})
+
+
+def header_of(records: Mapping[str, TaskRecord], own: Mapping[str, str]) -> dict[str, str]:
+    """The header entries of these tasks; ``own``: digests of their own tensors, by name in the file."""
+    entries = {task: asdict(records[task]) for task in sorted(records)}
+    for entry in entries.values():
+        if not entry["correction_bytes"]:  # unknown to readers of the first version
+            del entry["correction_bytes"]
+    found = {**{task: checks.of_record(entry) for task, entry in entries.items()}, **own}
+    return {"tasks": json.dumps(entries, separators=(",", ":")), checks.KEY: json.dumps(found, sort_keys=True)}
+
+
+def version_of(records: Mapping[str, TaskRecord]) -> int:
+    """The version of a file with these tasks."""
+    return LOSSLESS if any(record.correction_bytes for record in records.values()) else PLAIN
 
 
 def digest_rows(digests: Mapping[str, bytes]) -> Tensor:

@@ -19,7 +19,7 @@ from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
 from retex_cli.io.output import Output
-from retex_cli.io.provenance import checkpoint_digests, tensor_digest
+from retex_cli.io.provenance import TensorHash, checkpoint_digests, fingerprint, tensor_digest
 from retex_cli.io.writer import TensorSpec, Writer, open_output
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.predict import Predictor
@@ -179,6 +179,11 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         identified, plan = _identify(plan, progress)
     config, file = plan.config, plan.file
     device = choose_device(config.device, progress)
+    if not file.is_exact(plan.embedding, plan.head):
+        left_out = [task for task in plan.embedding if file.task(task).correction_bytes]
+        if left_out:
+            names = ", ".join(left_out)
+            progress.note(f"the exact correction of {names} is not used: it is for one task alone, with its own head")
     predictor = file.predictor(plan.embedding)
     parts = plan.parts()
     threads = thread_count(config.threads)
@@ -207,18 +212,20 @@ def _stream(
     writer: Writer,
     progress: Progress,
 ) -> None:
-    file = plan.file
+    file, exact = plan.file, plan.file.is_exact(plan.embedding, plan.head)
     progress.start(f"recovering {plan.head}", len(parts))
 
-    def make(part: Part) -> tuple[bytes, Tensor]:
+    def make(part: Part) -> tuple[bytes, TensorHash, Tensor]:
         merged = None if part.merged is None else file.merged.read(part.merged)
         digest = b"" if merged is None else tensor_digest(merged)
         value = file.make(part, merged, predictor, plan.embedding, plan.head, device)
-        return digest, value.to("cpu", part.spec.dtype).reshape(-1)
+        made = (value.dtype, tuple(value.shape), tensor_digest(value) if exact else b"")
+        return digest, made, value.to("cpu", part.spec.dtype).reshape(-1)
 
-    digests = {}
-    for part, (digest, value) in zip(parts, ordered_map(make, parts, threads), strict=True):
+    digests, result = {}, {}
+    for part, (digest, made, value) in zip(parts, ordered_map(make, parts, threads), strict=True):
         writer.write(value)
+        result[part.spec.name] = made
         if part.merged is not None:
             digests[part.merged] = digest
         progress.advance()
@@ -226,6 +233,8 @@ def _stream(
         if name not in digests:
             digests[name] = tensor_digest(file.merged.read(name))
     file.check_merged(digests)
+    if exact:
+        file.check_expert(plan.head, fingerprint(result))
 
 
 def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, RecoverPlan]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +28,24 @@ def check_artefact(path: str | Path, *, overwrite: bool, inputs: Sequence[Path] 
     return output
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies elsewhere and is read when its turn comes; ``read`` gives it on the CPU."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def stored_in(file: Checkpoint, name: str) -> Stored:
+    """A tensor of an opened file."""
+    info = file.tensors[name]
+    return Stored(info.dtype, info.shape, lambda: file.read(name))
+
+
 def write_artefact(
     path: str | Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Stored],
     metadata: Mapping[str, str],
     *,
     format: str,
@@ -38,14 +54,15 @@ def write_artefact(
 ) -> int:
     """Write CPU tensors in the order of the mapping behind a header with format, version and ``metadata``.
 
-    Returns the size of the file in bytes. RetexError as for any output.
+    What is stored elsewhere is copied one tensor at a time; it may lie in the file that is replaced. Returns the size
+    of the file in bytes. RetexError as for any output.
     """
     output = check_artefact(path, overwrite=overwrite)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     header = {FORMAT_KEY: format, VERSION_KEY: str(version), **metadata}
     with open_output(output, specs, metadata=header, overwrite=overwrite) as writer:
         for tensor in tensors.values():
-            writer.write(tensor)
+            writer.write(tensor.read() if isinstance(tensor, Stored) else tensor)
     return output.target.stat().st_size
 
 

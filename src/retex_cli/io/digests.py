@@ -40,6 +40,16 @@ def sha256_file(path: Path) -> str:
     return digest
 
 
+def sha256_path(path: Path) -> str:
+    """The same of a file, or of all files below a folder and their names."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(each for each in path.rglob("*") if each.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "digests"
 

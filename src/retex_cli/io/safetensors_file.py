@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, a JSON object, then the data withou
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ def tied_by_metadata(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, s
 
 
 class SafetensorsFile:
-    """A safetensors file opened by its header. Nothing is mapped into memory; each read goes where it is wanted."""
+    """A safetensors file opened by its header. Each read goes where it is wanted; nothing else is in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,6 +150,7 @@ class SafetensorsFile:
             os.close(self._fd)
             raise
         tensors, self._spans, metadata = parsed
+        self._map: mmap.mmap | None = None
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(metadata)
         self.aliases: Mapping[str, str] = MappingProxyType(tied_by_metadata(tensors, metadata))
@@ -159,6 +161,17 @@ class SafetensorsFile:
         out = torch.empty(info.shape, dtype=info.dtype)
         self._fill(name, self._spans[name][0], byte_view(out))
         return out
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """The whole tensor where it lies in the file: it takes no memory of the process until it is written to, and
+        stays readable when the file is closed or removed. For files that nobody changes meanwhile."""
+        info, (start, stop) = self.tensors[name], self._spans[name]
+        if start == stop:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._map is None:
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        data = torch.frombuffer(self._map, dtype=info.dtype, count=info.numel, offset=self._data + start)
+        return data.reshape(info.shape)
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements ``[start, start + out.numel())`` of the flattened tensor, converted to ``out.dtype``.

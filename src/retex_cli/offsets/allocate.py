@@ -17,12 +17,14 @@ class Candidates:
     """Everything of one tensor that could be kept.
 
     ``energies`` float64 [k]: squared error that dropping each component leaves, descending. ``kept`` and ``bits``
-    float64 [levels]: the share of its energy that a component keeps at each level, and what it costs.
+    float64 [levels]: the share of its energy that a component keeps at each level, and what it costs. ``rest``: squared
+    error outside of all of them, where no further components were looked for.
     """
 
     energies: Floats
     kept: Floats
     bits: Floats
+    rest: float = 0.0
 
     @property
     def hull(self) -> list[int]:

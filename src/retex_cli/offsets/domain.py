@@ -17,13 +17,14 @@ EPSILON = 1e-5
 def to_domain(name: str, tensor: Tensor) -> Tensor:
     """float32 of the same shape, in which experts and merged checkpoint are subtracted."""
     value = tensor.float()
-    return (value.clamp(min=0) + EPSILON).log() / 2 if _is_variance(name) else value
+    return (value.clamp(min=0) + EPSILON).log() / 2 if is_variance(name) else value
 
 
 def from_domain(name: str, value: Tensor) -> Tensor:
     """The inverse, float32; a variance is never negative."""
-    return (torch.exp(2 * value) - EPSILON).clamp(min=0) if _is_variance(name) else value
+    return (torch.exp(2 * value) - EPSILON).clamp(min=0) if is_variance(name) else value
 
 
-def _is_variance(name: str) -> bool:
+def is_variance(name: str) -> bool:
+    """Whether the tensor holds variances, by its name."""
     return name.rpartition(".")[2] == "running_var"

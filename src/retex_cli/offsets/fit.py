@@ -8,7 +8,8 @@ component gets, and ``allocate`` decides it over all tensors at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,16 +20,27 @@ from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
 from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
 from retex_cli.offsets.stream import LONG, Coded, Context, Shape
+from retex_cli.offsets.total import Noise, cheapest_total
+from retex_cli.offsets.trainable import Kept
 
 TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
+FOLDED = 0.04
+"""Of the fp32 bytes: with less, BatchNorm's four vectors are coded as two."""
 COMPONENT_BITS = 6.0
 """What a kept component costs beside its entries: its level and its scale, entropy coded."""
+USUAL_BITS, FEWEST = 1.6, 4
+"""Bits an entry that most kept components end at, and components that are looked for in any tensor."""
+AMPLE = 1.25
+"""Share of the budget at which more components are looked for than were found."""
 MEASURED = 8
 """Leading long vectors on which the curve of a tensor is measured."""
 
 Prepared = tuple[Components | Tensor, Candidates]
 """A decomposed offset (or a vector as it is) and what keeping its parts would cost and gain."""
+
+Levels = list[list[int]]
+"""The level of every kept component, by tensor in the order of the layout."""
 
 
 class BudgetTooSmall(ValueError):
@@ -42,106 +54,199 @@ class BudgetTooSmall(ValueError):
 class OffsetFitter:
     """Grows tensor by tensor, then turns into bytes: ``update`` for every shared tensor, ``finish`` once.
 
-    ``layout`` is every shared tensor's (name, shape) in sorted order; ``budget`` the bytes that ``finish`` may use.
+    ``layout`` is every shared tensor's (name, shape) in sorted order; ``budget`` the bytes that ``finish`` may use;
+    ``weights`` by how much a squared error in a tensor counts for more than in others, 1 by default.
     """
 
-    def __init__(self, layout: Sequence[tuple[str, Shape]], budget: int) -> None:
+    def __init__(
+        self, layout: Sequence[tuple[str, Shape]], budget: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         self._layout = list(layout)
-        self._budget = budget
+        self.budget = budget
+        self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
+        self._folded: dict[str, Prepared] = {}
+        self._unfolded = FOLDED * sum(4 * math.prod(shape) for _, shape in layout)
 
-    def prepare(self, delta: Tensor) -> Prepared:
+    def prepare(self, delta: Tensor, rank: int | None = None) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.
 
-        ``delta`` is the offset ``expert - merged`` of one tensor, float32, on any device.
+        ``delta`` is the offset ``expert - merged`` of one tensor, float32, on any device. ``rank``: how many components
+        to look for; by default what its share of the budget, by its size, is likely to pay for. See ``short``.
         """
         if delta.ndim < 2:
             vector = delta.reshape(-1).cpu()
             return vector, _vector_candidates(vector)
-        components = decompose(as_matrix(delta), self._affordable(tuple(delta.shape)))
+        components = decompose(as_matrix(delta), rank or self._first_rank(tuple(delta.shape)))
         return components, _component_candidates(components)
 
     def update(self, name: str, prepared: Prepared) -> None:
         """Takes what ``prepare`` made of the offset of tensor ``name``."""
         self._prepared[name] = prepared
+        self._folded.pop(name, None)
 
-    def _affordable(self, shape: Shape) -> int:
-        """More components than this cannot be paid from the budget, at half a bit an entry of the longer side."""
-        return int(8 * self._budget / (max(shape[0], 1) / 2)) + 1
+    def fold(self, name: str, prepared: Prepared) -> None:
+        """Takes another offset of ``name``, for budgets too small for its own: see ``batchnorm``."""
+        self._folded[name] = prepared
+
+    def _of(self, name: str) -> Prepared:
+        if self.budget < self._unfolded and name in self._folded:
+            return self._folded[name]
+        return self._prepared[name]
+
+    def _first_rank(self, shape: Shape) -> int:
+        """Twice what a share of the budget in proportion to the tensor's size pays for, and never more than the whole
+        budget would pay for, at half a bit an entry of the longer side."""
+        size = sum(math.prod(other) for _, other in self._layout)
+        share = 8 * self.budget * math.prod(shape) / max(size, 1)
+        likely = math.ceil(2 * share / (USUAL_BITS * max(sum(stream.sides(shape)), 1))) + FEWEST
+        return min(likely, int(8 * self.budget / (max(shape[0], 1) / 2)) + 1)
+
+    def short(self) -> dict[str, int]:
+        """Tensors of which too few components were looked for, and how many to look for next: with somewhat more than
+        the budget, all that were found would be kept. As energies fall, components beyond one that is not worth its
+        bits are not, either: once nothing is short the allocation is that of full decompositions."""
+        candidates = self.candidates()
+        found = allocate(candidates, AMPLE * 8 * self.budget)
+        return {
+            name: math.ceil(1.5 * len(chosen)) + FEWEST
+            for (name, _), candidate, chosen in zip(self._layout, candidates, found, strict=True)
+            if candidate.rest > 0 and 0 < len(chosen) == len(candidate.energies)
+        }
+
+    def candidates(self) -> list[Candidates]:
+        """What could be kept of every tensor of the layout, in its order."""
+        return [self._candidates(name) for name, _ in self._layout]
+
+    def lower_budget(self, noises: Mapping[str, Noise]) -> None:
+        """Lower the budget to where offsets and exact correction are smallest together; ``noises`` by tensor name."""
+        nothing = Noise(0, 1.0)
+        self.budget = cheapest_total(
+            self.candidates(), [noises.get(name, nothing) for name, _ in self._layout], self.budget
+        )
 
     def finish(self) -> bytes:
         """The coded offsets: at most the budget, and near it unless everything fits in less.
 
         Raises ``BudgetTooSmall`` when nothing useful fits.
         """
-        candidates = [self._candidates(name) for name, _ in self._layout]
+        return self._within(self.budget)[1]
+
+    def components(self) -> dict[str, Kept]:
+        """What ``finish`` keeps, as it is before it is coded, by tensor name. Raises ``BudgetTooSmall``."""
+        return self._kept(self._within(self.budget)[0])
+
+    def _within(self, budget: int) -> tuple[Levels, bytes]:
+        candidates = self.candidates()
+        best, best_levels = b"", self._none()
         if not any((candidate.energies > 0).any() for candidate in candidates):
-            return stream.encode([[] for _ in self._layout], {})  # the expert is the merged checkpoint
-        best, best_levels = b"", None
-        target, highest, lowest = 8.0 * self._budget, math.inf, 0.0
+            return best_levels, self.encode({})
+        target, highest, lowest = 8.0 * budget, math.inf, 0.0
         for _ in range(12):
             levels = allocate(candidates, target)
             if levels == best_levels:
                 break
-            data = self._encode(levels) if any(levels) else b""
-            if data and len(data) <= self._budget:
+            data = self.encode(self._kept(levels)) if any(levels) else b""
+            if data and len(data) <= budget:
                 lowest = target
                 if len(data) > len(best):
                     best, best_levels = data, levels
-                if len(data) >= TOLERANCE * self._budget:
+                if len(data) >= TOLERANCE * budget:
                     break
             elif data:
                 highest = target
-            guess = target * 0.995 * self._budget / max(len(data), 1)
+            guess = target * 0.995 * budget / max(len(data), 1)
             target = guess if lowest < guess < highest else (lowest + min(highest, 2 * target)) / 2
-        return best or self._least(candidates)
+        if best:
+            return best_levels, best
+        levels = self._fewest(candidates)
+        data = self.encode(self._kept(levels))
+        if len(data) > budget:
+            raise BudgetTooSmall(len(data))
+        return levels, data
 
-    def _least(self, candidates: list[Candidates]) -> bytes:
-        """The one component that takes the fewest bytes, if the budget has them."""
+    def least(self) -> int:
+        """Bytes of the smallest coded offsets that hold anything."""
+        candidates = self.candidates()
+        some = any((candidate.energies > 0).any() for candidate in candidates)
+        return len(self.encode(self._kept(self._fewest(candidates) if some else self._none())))
+
+    def _none(self) -> Levels:
+        """Of an expert that is the merged checkpoint."""
+        return [[] for _ in self._layout]
+
+    def _fewest(self, candidates: list[Candidates]) -> Levels:
+        """The one component that takes the fewest bytes."""
         prices = [float(c.bits[c.hull[0]]) if (c.energies > 0).any() else math.inf for c in candidates]
         cheapest = prices.index(min(prices))
-        levels: list[list[int]] = [[] for _ in candidates]
+        levels = self._none()
         [levels[cheapest]] = allocate([candidates[cheapest]], prices[cheapest])
-        data = self._encode(levels)
-        if len(data) > self._budget:
-            raise BudgetTooSmall(len(data))
-        return data
+        return levels
 
     def _candidates(self, name: str) -> Candidates:
-        return self._prepared[name][1] if name in self._prepared else Candidates(*(np.zeros(0) for _ in range(3)))
+        if name not in self._prepared:
+            return Candidates(np.zeros(0), np.zeros(0), np.zeros(0))
+        candidates = self._of(name)[1]
+        return replace(candidates, energies=candidates.energies * self.weights.get(name, 1.0))
 
-    def _encode(self, levels: list[list[int]]) -> bytes:
-        """Quantise the right vectors, re-fit the left ones to what they became (least squares), quantise those."""
-        kept = {name: chosen for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
-        rights, lefts = _Quantised(), _Quantised()
-        for name, chosen in kept.items():
-            components = self._prepared[name][0]
+    def _kept(self, levels: Levels) -> dict[str, Kept]:
+        """The components that ``levels`` keep, their left vectors fitted to the decoded right ones."""
+        named = {name: tuple(chosen) for (name, _), chosen in zip(self._layout, levels, strict=True) if chosen}
+        rights = _Quantised()
+        for name, chosen in named.items():
+            components = self._of(name)[0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
                 for row, level in zip(components.right, chosen, strict=False):
                     _, context = stream.contexts(level, len(components.left), len(row))
                     rights.add(name, context, row * unit)
-        scales: dict[str, list[int]] = {}
-        for name, chosen in kept.items():
-            components = self._prepared[name][0]
+        found = {}
+        for name, chosen in named.items():
+            components = self._of(name)[0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
-                columns = _refit(components, torch.stack(rights.decoded(name)) / unit)
+                left = _refit(components, torch.stack(rights.decoded(name)) / unit)
+                found[name] = Kept(left, components.right[: len(chosen)] * unit, chosen)
             else:
-                columns = components[:, None]
-            scales[name] = [stream.scale_code(max(float(c.square().mean().sqrt()), 1e-30)) for c in columns.T]
-            right = components.right.shape[1] if isinstance(components, Components) else 0
-            for column, scale, level in zip(columns.T, scales[name], chosen, strict=True):
-                context, _ = stream.contexts(level, len(column), right)
-                lefts.add(name, context, column / stream.scale_value(scale))
+                found[name] = Kept(components[:, None], None, chosen)
+        return found
+
+    def encode(self, kept: Mapping[str, Kept]) -> bytes:
+        """Bytes of components as they are given, whatever the budget."""
+        rights, lefts = _Quantised(), _Quantised()
+        scales: dict[str, list[int]] = {}
+        for name, components in kept.items():
+            columns, rows = components.left.T, components.right
+            scales[name] = [stream.scale_code(max(float(c.square().mean().sqrt()), 1e-30)) for c in columns]
+            for i, (column, scale, level) in enumerate(zip(columns, scales[name], components.levels, strict=True)):
+                left, right = stream.contexts(level, len(column), 0 if rows is None else rows.shape[1])
+                lefts.add(name, left, column / stream.scale_value(scale))
+                if rows is not None:
+                    rights.add(name, right, rows[i])
         coded = []
-        for (name, _), chosen in zip(self._layout, levels, strict=True):
-            left = lefts.symbols.get(name, [])
+        for name, _ in self._layout:
+            chosen = kept[name].levels if name in kept else ()
+            left_symbols = lefts.symbols.get(name, [])
             right_symbols: Sequence[Tensor | None] = rights.symbols.get(name) or [None] * len(chosen)
             coded.append(
-                [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left, right_symbols, strict=True)]
+                [Coded(*parts) for parts in zip(chosen, scales.get(name, []), left_symbols, right_symbols, strict=True)]
             )
         return stream.encode(coded, {**rights.shifts(), **lefts.shifts()})
+
+    def encode_within(self, kept: Mapping[str, Kept]) -> bytes:
+        """``encode``, without the components of the least weight where the budget does not hold them all."""
+        data = self.encode(kept)
+        weakest = sorted(
+            (self.weights.get(name, 1.0) * energy / bits, name, index)
+            for name, components in kept.items()
+            for index, (energy, bits) in enumerate(components.worth())
+        )
+        dropped = 0
+        while len(data) > self.budget and dropped < len(weakest):
+            dropped += max(dropped // 4, 1)
+            gone = {(name, index) for _, name, index in weakest[:dropped]}
+            data = self.encode({name: c for name in kept if (c := kept[name].without(gone, name)) is not None})
+        return data
 
 
 def _refit(components: Components, right: Tensor) -> Tensor:
@@ -206,7 +311,7 @@ def _component_candidates(components: Components) -> Candidates:
         levels = np.minimum(np.arange(LEVELS) + shift, len(curve.rates) - 1)
         kept *= 1 - curve.distortions[levels]
         bits += length * curve.rates[levels]
-    return Candidates(components.values.double().square().numpy(), kept, bits)
+    return Candidates(components.values.double().square().cpu().numpy(), kept, bits, components.missed)
 
 
 def _curve(vectors: Tensor, length: int) -> Curve:

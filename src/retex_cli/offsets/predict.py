@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.stream import Factors, Shape
 
 Embedding = Mapping[str, float]
@@ -26,6 +27,10 @@ class Predictor:
     def tasks(self) -> tuple[str, ...]:
         """Names, sorted."""
         return tuple(sorted(self._factors))
+
+    def factors(self, task: str, name: str) -> Factors | None:
+        """The decoded components of one task's offset of tensor ``name``; None if it has none."""
+        return self._factors[task].get(name)
 
     def delta(
         self, name: str, shape: Shape, embedding: Embedding, device: torch.device, out: Tensor | None = None
@@ -45,3 +50,14 @@ class Predictor:
                 part.mul_(embedding[task])
             total = part if total is None else total.add_(part)
         return total
+
+    def add_to(
+        self, name: str, merged: Tensor, embedding: Embedding, device: torch.device, out: Tensor | None = None
+    ) -> Tensor:
+        """``merged`` with its offset, float32 on ``device``; the very tensor, wherever it is, where no task has one.
+
+        ``out`` as for ``delta``; what is returned may be that.
+        """
+        delta = self.delta(name, tuple(merged.shape), embedding, device, out)
+        # into the offset's own memory: a third tensor of this size would cost more than the sum
+        return merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))

@@ -21,7 +21,7 @@ LEVELS = 24
 """Levels that an allocation may choose; the shorter vector of a component may lie beyond them."""
 SHIFTS = 3
 """Magnitudes 1, 2 and 3 or more each have their own distance from the cell's middle to its mean."""
-_SHIFT_UNIT = 64
+SHIFT_UNIT = 64
 _FINE = 14
 """From this level on a cell is so small that a normal density is flat in it."""
 
@@ -99,7 +99,7 @@ def centroid_shifts(x: Tensor, symbols: Tensor, level: int) -> list[int]:
     magnitude = symbols.abs().clamp(max=SHIFTS).flatten().long()
     counts = torch.bincount(magnitude, minlength=SHIFTS + 1).clamp_min(1)
     sums = torch.bincount(magnitude, weights=below.flatten().double(), minlength=SHIFTS + 1)
-    return [round(_SHIFT_UNIT * value) for value in (sums / counts)[1:].tolist()]
+    return [round(SHIFT_UNIT * value) for value in (sums / counts)[1:].tolist()]
 
 
 def dequantise(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
@@ -114,6 +114,15 @@ def dequantise(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
 
 
 def _values(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
-    below = torch.tensor([0.0, *shifts], dtype=torch.float32) / _SHIFT_UNIT
+    below = torch.tensor([0.0, *shifts], dtype=torch.float32) / SHIFT_UNIT
     magnitude = symbols.abs()
     return symbols.sign() * (magnitude - below[magnitude.clamp(max=SHIFTS).long()]) * step(level)
+
+
+def dequantised(x: Tensor, steps: Tensor, shifts: Tensor) -> Tensor:
+    """What unit-variance vectors ``x`` (float32 [k, n]) become, each at its own step [k, 1]; ``shifts`` [k, SHIFTS + 1]
+    in steps, the first of them zero."""
+    symbols = torch.round(x / steps)
+    magnitude = symbols.abs()
+    below = shifts.gather(1, magnitude.clamp(max=SHIFTS).long())
+    return symbols.sign() * (magnitude - below) * steps

@@ -1,0 +1,162 @@
+"""Fitting offsets to large models and recovering from them: whole processes, beside a plain copy of the same bytes.
+
+    python benchmarks/offsets_speed.py --check                       base and 8 experts of 124 M float32 parameters
+    python benchmarks/offsets_speed.py --model llama-1b --check      base and 3 of 1.1 B in bfloat16, in shards
+    python benchmarks/offsets_speed.py --folder F                    make the models there, once, and leave them
+
+Random weights with task vectors of white noise, whose spectra are flat: the hardest case for a decomposition that looks
+for leading components alone. Start is a process that only plans the recovery; a plain copy is on the disk when it ends,
+as what retex writes is. Writes ``results/offsets_speed.json``, one entry a model. With ``--check`` the exit status is 1
+where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import RETEX, run
+from record import RESULTS, provenance, write
+from shapes import LAYERS, make
+
+from retex_cli.io.checkpoint import open_checkpoint
+
+Measured = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and the bars: seconds and anonymous MB of a fit, and how many copies a recovery may take."""
+
+    experts: int
+    dtype: torch.dtype
+    shard: int
+    budgets: tuple[str, ...]
+    fit_seconds: float
+    fit_mb: float
+    copies: float = 1.5
+
+
+SUBJECTS = {
+    "gpt2": Subject(8, torch.float32, sys.maxsize, ("0.1%", "0.25%"), 180, 2000),
+    "llama-1b": Subject(3, torch.bfloat16, 1_000_000_000, ("0.25%",), float("inf"), 24_000),
+}
+
+
+@contextlib.contextmanager
+def models(folder: Path | None, name: str) -> Iterator[Path]:
+    """The folder with base and experts, which stays if it was named."""
+    with contextlib.ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        subject = SUBJECTS[name]
+        if not (place / f"expert{subject.experts - 1}" / "config.json").is_file():
+            make(place, name, LAYERS[name], subject.experts, subject.dtype, subject.shard)
+        yield place
+
+
+def command(folder: Path, *arguments: str) -> Measured:
+    """One run of retex."""
+    found = run([*RETEX, *arguments, "--device", "cpu", "--quiet"], folder=folder)
+    assert found is not None
+    return {key: round(value, 3) for key, value in found.items()}
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """A plain copy of a model's folder that is on the disk."""
+    started = time.monotonic()
+    subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', source, target], check=True)
+    seconds = time.monotonic() - started
+    shutil.rmtree(target)
+    return round(seconds, 3)
+
+
+def measured(folder: Path, name: str, repeat: int) -> dict[str, object]:
+    """Merge, fit at every budget, recover."""
+    subject = SUBJECTS[name]
+    experts = [word for k in range(subject.experts) for word in ("--expert", f"expert{k}={folder}/expert{k}")]
+    merge = command(folder, "merge", "--base", f"{folder}/base", *experts, "-o", "merged", "--overwrite")
+    print(f"merge: {merge}", flush=True)
+    fits = {}
+    for budget in subject.budgets:
+        given = ("--merged", "merged", *experts, "--budget", budget, "-o", "offsets.safetensors", "--overwrite")
+        fits[budget] = command(folder, "fit-offsets", *given)
+        fits[budget]["file_mb"] = (folder / "offsets.safetensors").stat().st_size / 1e6
+        print(f"fit within {budget}: {fits[budget]}", flush=True)
+    recover = ("recover", "--merged", "merged", "--offsets", "offsets.safetensors", "--task", "expert0", "-o")
+    sides: dict[str, list[Measured]] = {"recover": [], "start": []}
+    copies = []
+    for _ in range(repeat):
+        sides["recover"].append(command(folder, *recover, "back", "--overwrite"))
+        sides["start"].append(command(folder, *recover, "back", "--overwrite", "--dry-run"))
+        copies.append(copy_seconds(folder / "merged", folder / "copy"))
+    found = {side: {key: min(each[key] for each in runs) for key in runs[0]} for side, runs in sides.items()}
+    print(f"{found}, copy {min(copies)} s", flush=True)
+    merged = open_checkpoint(folder / "merged")
+    parameters = sum(info.numel for info in merged.tensors.values())
+    for left in ("merged", "back"):
+        shutil.rmtree(folder / left)
+    kind = str(subject.dtype).removeprefix("torch.")
+    what = f"a base and {subject.experts} experts of {parameters / 1e6:,.0f} M {kind} parameters"
+    sizes = {"what": what, "merged_mb": merged.nbytes / 1e6, "copy_s": min(copies)}
+    return {**sizes, "merge": merge, "fit": fits, **found, "commit": provenance()["commit"]}
+
+
+def missed(name: str, found: dict[str, object]) -> list[str]:
+    """One line for each bar that is missed; empty if none is."""
+    subject, lines = SUBJECTS[name], []
+    fits, recover, start, copy = (found[key] for key in ("fit", "recover", "start", "copy_s"))
+    assert isinstance(fits, dict)
+    assert isinstance(recover, dict)
+    assert isinstance(start, dict)
+    assert isinstance(copy, float)
+    for budget, fit in fits.items():
+        if fit["wall_s"] > subject.fit_seconds:
+            lines.append(f"fit within {budget}: {fit['wall_s']:.0f} s, not {subject.fit_seconds:.0f}")
+        if fit["anon_mb"] > subject.fit_mb:
+            lines.append(f"fit within {budget}: {fit['anon_mb']:.0f} MB of anonymous memory, not {subject.fit_mb:.0f}")
+    most = subject.copies * copy + start["wall_s"]
+    if recover["wall_s"] > most:
+        lines.append(f"recover: {recover['wall_s']:.2f} s, not {most:.2f}")
+    return lines
+
+
+def kept(name: str, found: dict[str, object]) -> dict[str, object]:
+    """The record with this model's entry in the place of its last one."""
+    path = RESULTS / "offsets_speed.json"
+    before = json.loads(path.read_text())["models"] if path.is_file() else {}
+    return {"models": {**before, name: found}}
+
+
+def main() -> None:
+    """Read the command line, measure, print, write, check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(SUBJECTS), default="gpt2")
+    parser.add_argument("--folder", type=Path, help="where the models are made and left; default: a temporary folder")
+    parser.add_argument("--repeat", type=int, default=3, help="of recovery, start and copy; the least counts")
+    parser.add_argument("--make", action="store_true", help="only make the models")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    arguments = parser.parse_args()
+    with models(arguments.folder, arguments.model) as folder:
+        if arguments.make:
+            return
+        found = measured(folder.absolute(), arguments.model, arguments.repeat)
+    print(f"wrote {write('offsets_speed', kept(arguments.model, found))}")
+    lines = missed(arguments.model, found)
+    for line in lines:
+        print(f"missed: {line}")
+    if arguments.check and lines:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""``retex fit-offsets --refine``: offsets that are trained on a task's unlabelled inputs before they are coded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from retex_cli.commands.expert_models import ExpertModels, read_inputs
+from retex_cli.commands.offsets_file import layout_of
+from retex_cli.commands.task_fit import TaskFit, Wish
+from retex_cli.errors import UsageError
+from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.digests import sha256_path
+from retex_cli.io.inputs import Example
+from retex_cli.models.batchnorm import batchnorm_layers, measure_batchnorm
+from retex_cli.models.device import inference
+from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil
+from retex_cli.models.network import Network
+from retex_cli.models.processor import Inputs
+from retex_cli.models.student import Factors, Student
+from retex_cli.offsets.batchnorm import Norm, folded, norms
+from retex_cli.offsets.domain import from_domain, to_domain
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
+from retex_cli.offsets.predict import Predictor
+from retex_cli.offsets.stream import decode
+from retex_cli.offsets.trainable import Trainable
+from retex_cli.progress import Progress, Silent
+
+SAMPLES = 256
+"""Unlabelled inputs of a task that are looked at."""
+TEXTS = Schedule(steps=320, batch_size=16, rate=0.02)
+OTHERS = Schedule(steps=320, batch_size=32)
+SHARE = 0.99
+"""Of the budget that is used before training, which moves entropies a little."""
+SLOW = 30
+"""A step of training takes about as long as so many steps of a fit without it."""
+BATCH = 64
+"""Inputs that BatchNorm's statistics are measured on at a time."""
+
+
+@dataclass(frozen=True)
+class RefineInputs:
+    """A task's inputs and the file or folder they are from."""
+
+    path: str
+    rows: Sequence[Example]
+
+
+def refine_inputs(tasks: Sequence[str], inputs: Mapping[str, str], wish: Wish, refine: bool) -> dict[str, RefineInputs]:
+    """The first inputs of every task, none where nothing is to be refined.
+
+    UsageError where a task names none and for wishes that this cannot serve, RetexError for too few.
+    """
+    if not refine:
+        return {}
+    if wish.target is not None:
+        raise UsageError("--refine and --target cannot stand together", "give a budget; retex eval shows the agreement")
+    if wish.lossless:
+        raise UsageError("--refine and --lossless cannot stand together", "a lossless expert needs no refining")
+    return {
+        task: RefineInputs(inputs.get(task, ""), read_inputs(task, inputs.get(task), SAMPLES, hold_out=False).measured)
+        for task in tasks
+    }
+
+
+def refine_recipe(inputs: Mapping[str, RefineInputs], model: str | None, seed: int) -> dict[str, object]:
+    """Which inputs were looked at, by hash, and how; nothing where none were."""
+    if not inputs:
+        return {}
+    hashes = {
+        task: {"file": Path(each.path).name, "sha256": sha256_path(Path(each.path)), "inputs": len(each.rows)}
+        for task, each in inputs.items()
+    }
+    return {"refine": {"inputs": hashes, "model": model, "seed": seed}}
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Re-estimates BatchNorm and distils each expert into the offsets that a fitter keeps, within its budget."""
+
+    models: ExpertModels
+    inputs: Mapping[str, RefineInputs]
+    merged: Checkpoint
+    seed: int
+    threads: int
+
+    @classmethod
+    def of(
+        cls, fits: Sequence[TaskFit], inputs: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
+        model: str | None, seed: int, threads: int,
+    ) -> Refiner | None:  # fmt: skip
+        """The refiner of these experts; None where there are no inputs to look at."""
+        if not inputs:
+            return None
+        experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
+        return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads)
+
+    def work(self, task: str) -> int:
+        """Steps of progress that refining a task advances by."""
+        return SLOW * self._schedule(task).steps
+
+    def _schedule(self, task: str) -> Schedule:
+        return TEXTS if self.inputs[task].rows[0].text is not None else OTHERS
+
+    def refine(self, fit: TaskFit, fitter: OffsetFitter, progress: Progress) -> bytes:
+        """The coded offsets of one task. Holds two networks. Raises ``BudgetTooSmall``."""
+        rows = self.inputs[fit.task].rows
+        with self.models.network(fit.task) as teacher, self.models.network(fit.task) as network:
+            self.models.load_expert(teacher, fit.task)
+            try:
+                self._settle_batchnorm(fit, fitter, network, rows)
+                fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
+                try:
+                    trainable = Trainable(fitter.components())
+                finally:
+                    fitter.budget = budget
+            except BudgetTooSmall:
+                return fitter.finish()  # one component: nothing to train
+            self.models.load_merged(network, fit.task, self._merged(fit))
+            student = Student(network.module)
+            learner = _Learner(trainable, fit, student)
+            distil(
+                teacher, network, student, learner, rows, self._schedule(fit.task),
+                seed=self.seed, threads=self.threads, progress=_Slow(progress),
+            )  # fmt: skip
+            found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
+            return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
+
+    def _best(self, fit: TaskFit, teacher: Network, found: Mapping[str, bytes], progress: Progress) -> bytes:
+        """The offsets whose answers to the inputs are nearest to the expert's: never worse than none at all."""
+        batches = list(_batches(teacher, self.inputs[fit.task].rows))
+        wanted = _answers(teacher, batches)
+        distances = {}
+        with self.models.network(fit.task) as network:
+            for name, data in found.items():
+                self.models.load_merged(network, fit.task, self._recovered(fit, data))
+                distances[name] = float(answer_loss(_answers(network, batches), wanted))
+        best = min(distances, key=lambda name: distances[name])
+        told = ", ".join(f"{name} {distance:.4f}" for name, distance in distances.items())
+        if best != next(iter(found)):
+            progress.note(f"{fit.task}: training did not help, so its offsets are kept {best}")
+        progress.note(f"{fit.task}: distance of answers from the expert's on its inputs: {told}")
+        return found[best]
+
+    def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
+        """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""
+        layers = batchnorm_layers(network.module)
+        theirs = fit.alignment.shared
+        own = {
+            norm: layers[theirs[norm.variance].removesuffix(".running_var")]
+            for norm in norms(layout_of(self.merged))
+            if theirs.get(norm.variance, "").removesuffix(".running_var") in layers
+            and all(name in theirs for name in norm.names)
+        }
+        if not own:
+            return
+        expert = {name: fit.expert.read(theirs[name]).float() for norm in own for name in norm.names}
+        self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
+        recovered = self._recovered(fit, fitter.finish()) | expert
+        self.models.load_merged(network, fit.task, recovered)
+        measured = measure_batchnorm(network, list(_batches(network, rows)), Silent())
+        for norm in own:
+            for name in (norm.mean, norm.variance):
+                expert[name] = measured[theirs[name]]
+        self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
+
+    def _aim(self, fitter: OffsetFitter, wanted: Mapping[str, Tensor], epsilons: Mapping[Norm, float]) -> None:
+        for norm, epsilon in epsilons.items():
+            for name, value in folded(norm, wanted.__getitem__, self.merged.read, epsilon).items():
+                delta = to_domain(name, value) - to_domain(name, self.merged.read(name))
+                fitter.update(name, fitter.prepare(delta))
+
+    def _merged(self, fit: TaskFit) -> dict[str, Tensor]:
+        return {name: self.merged.read(name) for name in fit.alignment.shared}
+
+    def _recovered(self, fit: TaskFit, data: bytes) -> dict[str, Tensor]:
+        predictor = Predictor({fit.task: decode(data, layout_of(self.merged))})
+        return {
+            name: predictor.add_to(name, tensor, {fit.task: 1.0}, torch.device("cpu"))
+            for name, tensor in self._merged(fit).items()
+        }
+
+
+def _batches(network: Network, rows: Sequence[Example]) -> Iterator[Inputs]:
+    """A last batch under half the size is left out: its variances are poor."""
+    for start in range(0, len(rows), BATCH):
+        if start == 0 or len(rows) - start > BATCH // 2:
+            yield network.inputs(rows[start : start + BATCH])
+
+
+def _answers(network: Network, batches: Sequence[Inputs]) -> Tensor:
+    """Of all inputs, on the CPU."""
+    with inference(network.device):
+        return torch.cat([answer_of(network.module(**inputs)).float().cpu() for inputs in batches])
+
+
+class _Slow:
+    """Progress of a training, as a part of a longer job."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def start(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(SLOW * steps)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+
+class _Learner:
+    """Trained components as tensors of a network that was filled with the merged weights."""
+
+    def __init__(self, trainable: Trainable, fit: TaskFit, student: Student) -> None:
+        self._trainable = trainable
+        self._names = {name: fit.alignment.shared[name] for name in trainable.names}
+        self._student = student
+        self._own = {name: student.own(theirs).detach() for name, theirs in self._names.items()}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self._trainable.parameters
+
+    def settle(self) -> None:
+        self._trainable.settle()
+
+    def values(self) -> dict[str, Tensor | Factors]:
+        return {theirs: self._value(name, theirs) for name, theirs in self._names.items()}
+
+    def _value(self, name: str, theirs: str) -> Tensor | Factors:
+        left, right = self._trainable.factors(name)
+        own = self._own[name]
+        extra = (own.shape[0] if own.ndim else 1) - len(left)
+        if extra:  # rows of the expert alone, which have no offset
+            left = functional.pad(left, (0, 0, 0, extra))
+        if right is not None and self._student.adds(theirs):
+            return left, right
+        delta = left if right is None else left @ right
+        return from_domain(name, to_domain(name, own) + delta.view(own.shape))

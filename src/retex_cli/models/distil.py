@@ -1,0 +1,253 @@
+"""Training without labels: a network whose weights are being coded learns to answer as the network it stands for.
+
+Hidden features, layer by layer, and answers are matched on a task's inputs and on mixtures of them. Every batch is
+halved in one way whatever the number of threads, so the result is the same on any.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from retex_cli.io.inputs import Example
+from retex_cli.models.device import has_fast_bf16
+from retex_cli.models.encoder import feature_layers
+from retex_cli.models.network import Network
+from retex_cli.models.processor import Inputs
+from retex_cli.models.student import Factors, Student
+from retex_cli.parallel import ordered_map
+from retex_cli.progress import Progress
+
+HALVES = 2
+SETTLE = 16
+"""Steps between two measurements of where coded values decode to."""
+WARMUP = 10
+BEGINNING = 0.5
+"""How often a text longer than the network reads is read from its beginning, as it is in use."""
+JITTER = 0.3
+"""How far an input may stray from its place in the order of lengths, as a share of all inputs."""
+
+
+class Learner(Protocol):
+    """What is trained: values by tensor name of the network, computed from parameters of about unit variance."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser moves."""
+
+    def values(self) -> dict[str, Tensor | Factors]:
+        """Whole tensors, or the factors of an offset where the student adds them; gradients reach ``parameters``."""
+
+    def settle(self) -> None:
+        """Once every ``SETTLE`` steps: take stock of what the parameters have become."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``steps`` of ``batch_size`` inputs; Adam (arXiv 1412.6980) with a rate that falls to nothing."""
+
+    steps: int
+    batch_size: int
+    rate: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over layers of the squared error relative to the teacher's variance; and the answers' divergence."""
+
+    features: float
+    answers: float
+
+
+def distil(
+    teacher: Network,
+    network: Network,
+    student: Student,
+    learner: Learner,
+    examples: Sequence[Example],
+    schedule: Schedule,
+    *,
+    seed: int,
+    threads: int,
+    progress: Progress,
+) -> Loss:
+    """Train ``learner`` until ``student`` (of ``network``) does as ``teacher`` on ``examples``; the last steps' loss.
+
+    Both networks are filled. Advances progress by one a step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(learner.parameters, lr=schedule.rate, betas=schedule.betas)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share_of_rate(step, schedule.steps))
+    watched = _Watched(teacher), _Watched(network)
+    last: list[Loss] = []
+    batches = _batches(examples, schedule, generator)
+    for step, batch in enumerate(batches):
+        inputs = _mixed(network.inputs([_window(one, network.max_length, generator) for one in batch]), generator)
+        values = learner.values()
+        leaves = {name: _leaf(value) for name, value in values.items()}
+        student.take(leaves)
+        loss = _backward(watched, inputs, list(_flat(leaves)), threads)
+        torch.autograd.backward(list(_flat(values)), [leaf.grad for leaf in _flat(leaves)])
+        optimiser.step()
+        optimiser.zero_grad()
+        falling.step()
+        if step % SETTLE == SETTLE - 1:
+            learner.settle()
+        last = [*last[-SETTLE:], loss]
+        progress.advance()
+    learner.settle()
+    return Loss(sum(x.features for x in last) / len(last), sum(x.answers for x in last) / len(last))
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    return min((step + 1) / WARMUP, max(1 - step / steps, 0.0))
+
+
+def _leaf(value: Tensor | Factors) -> Tensor | Factors:
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_()
+    return value[0].detach().requires_grad_(), value[1].detach().requires_grad_()
+
+
+def _flat(values: Mapping[str, Tensor | Factors]) -> Iterator[Tensor]:
+    for value in values.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from value
+
+
+def _batches(examples: Sequence[Example], schedule: Schedule, generator: torch.Generator) -> Iterator[list[Example]]:
+    """``steps`` batches, every example once an epoch, texts of like length together."""
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].text or ""), i))
+    size, done = min(schedule.batch_size, len(examples)), 0
+    jitter = JITTER if examples[0].text is not None else len(examples)
+    while done < schedule.steps:
+        place = torch.arange(len(order)) + jitter * len(order) * torch.rand(len(order), generator=generator)
+        epoch = [order[i] for i in place.argsort().tolist()]
+        starts = range(0, len(epoch) - size + 1, size)
+        for k in torch.randperm(len(starts), generator=generator).tolist()[: schedule.steps - done]:
+            yield [examples[i] for i in epoch[starts[k] : starts[k] + size]]
+            done += 1
+
+
+def _window(example: Example, tokens: int | None, generator: torch.Generator) -> Example:
+    """A text that is longer than the network reads, every other time from somewhere else than its beginning."""
+    words = (example.text or "").split()
+    spare = 0 if tokens is None else len(words) - tokens
+    if spare <= 0 or float(torch.rand((), generator=generator)) < BEGINNING:
+        return example
+    start = int(torch.randint(1, spare + 1, (), generator=generator))
+    return replace(example, text=" ".join(words[start : start + (tokens or 0)]))
+
+
+def _mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Images (and other dense inputs) each blended with up to half of another: the inputs are few."""
+    dense = {name: x for name, x in inputs.items() if x.ndim >= 3 and (x.is_floating_point() or x.dtype == torch.uint8)}
+    if len(dense) != len(inputs):
+        return inputs
+    count = len(next(iter(dense.values())))
+    other = torch.randperm(count, generator=generator)
+    share = 1 - 0.5 * torch.rand(count, generator=generator)
+    mixed = {}
+    for name, x in dense.items():
+        of_each = share.view(-1, *(1,) * (x.ndim - 1)).to(x.device)
+        mixed[name] = of_each * x.float() + (1 - of_each) * x.float()[other.to(x.device)]
+    return mixed
+
+
+def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[Tensor], threads: int) -> Loss:
+    """Fill ``grad`` of the leaves, adding up the halves in their order."""
+    teacher, student = watched
+    count = len(next(iter(inputs.values())))
+    cut = -(-count // HALVES)
+    parts = [{name: x[start : start + cut] for name, x in inputs.items()} for start in range(0, count, cut)]
+
+    def one(part: Inputs) -> tuple[list[Tensor | None], Loss]:
+        device = student.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=student.fast_bf16):
+            with torch.no_grad():
+                wanted, wanted_answer = teacher.run(part)
+            with torch.enable_grad():
+                found, answer = student.run(part)
+        features = _feature_loss(found, wanted, part.get("attention_mask"))
+        answers = answer_loss(answer, wanted_answer)
+        share = len(next(iter(part.values()))) / count
+        gradients = torch.autograd.grad(share * (features + answers), leaves, allow_unused=True)
+        return list(gradients), Loss(share * float(features.detach()), share * float(answers.detach()))
+
+    total = Loss(0.0, 0.0)
+    for gradients, loss in ordered_map(one, parts, threads):
+        total = Loss(total.features + loss.features, total.answers + loss.answers)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            found = torch.zeros_like(leaf) if gradient is None else gradient
+            leaf.grad = found if leaf.grad is None else leaf.grad + found
+    return total
+
+
+def _feature_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    total = torch.zeros(())
+    for ours, theirs in zip(found, wanted, strict=True):
+        a, b = ours.float(), theirs.float()
+        if mask is not None and mask.shape == b.shape[: mask.ndim]:
+            a, b = a[mask.bool()], b[mask.bool()]
+        total = total.to(a.device) + (a - b).square().sum() / (b - b.mean(0)).square().sum().clamp_min(1e-12)
+    return total / max(len(found), 1)
+
+
+def answer_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean divergence of class probabilities [n, classes]; of other outputs the squared error by their variance."""
+    ours, theirs = found.float(), wanted.float()
+    if theirs.ndim == 2 and theirs.shape[1] > 1:
+        return (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).mean()
+    return (ours - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum().clamp_min(1e-12)
+
+
+class _Watched:
+    """A network that gives its layers' outputs beside its answer. Threads may run it at once: each keeps its own."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.device = network.device
+        convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
+        # gradients of convolutions take twice the time in bfloat16 on a CPU
+        self.fast_bf16 = has_fast_bf16(network.device) and not (convolves and network.device.type == "cpu")
+        self._run = threading.local()
+        self._names = [] if network.gives_hidden_states else feature_layers(network.module)
+        for name in self._names:
+            network.module.get_submodule(name).register_forward_hook(self._hook())
+
+    def run(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
+        """Features, each [n, …], and the answer."""
+        if self._network.gives_hidden_states:
+            output = self._network.module(**inputs, output_hidden_states=True)
+            states = getattr(output, "hidden_states", None) or ()
+            return list(states[1:]), answer_of(output)
+        features: list[Tensor] = []
+        self._run.features = features
+        output = self._network.module(**inputs)
+        self._run.features = None
+        return features, answer_of(output)
+
+    def _hook(self) -> Callable[[nn.Module, object, object], None]:
+        def keep(module: nn.Module, arguments: object, output: object) -> None:
+            features = getattr(self._run, "features", None)
+            if features is not None and isinstance(output, Tensor):
+                features.append(output)
+
+        return keep
+
+
+def answer_of(output: object) -> Tensor:
+    """The logits of an output that has them, else the first tensor in it."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, Tensor):
+        return found
+    raise TypeError(f"{type(output).__name__} holds no tensor to compare")

@@ -1,0 +1,80 @@
+"""BatchNorm's four vectors as the two numbers a channel that its function has: a factor and a shift.
+
+In use a layer computes ``(x - mean) weight / sqrt(var + eps) + bias``. With the merged mean and weight in place, some
+variance and bias give an expert's function exactly, so offsets of these two are all that is coded: half the entries,
+and errors of the shift that count in units of the layer's output instead of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retex_cli.offsets.stream import Shape
+
+EPSILON = 1e-4
+"""Assumed where no network says what its layers add to a variance: between torch's 1e-5 and TensorFlow's 1e-3."""
+SHIFT_WEIGHT = 1 / 8
+"""What a squared error of a shift or of a factor's logarithm counts beside one in a convolution."""
+DEPTHWISE_WEIGHT = 4.0
+"""And one in a convolution of single channels, of whose few entries no errors average out."""
+LARGEST = 1e4
+"""Of a factor that a variance may have to make up for."""
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Tensor names of one layer."""
+
+    weight: str
+    bias: str
+    mean: str
+    variance: str
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        """All four."""
+        return self.weight, self.bias, self.mean, self.variance
+
+
+def norms(layout: Sequence[tuple[str, Shape]]) -> list[Norm]:
+    """The layers of a checkpoint that have all four vectors, told by their names."""
+    shapes = dict(layout)
+    found = []
+    for name in shapes:
+        place, _, kind = name.rpartition("running_var")
+        if kind or not name.endswith("running_var"):
+            continue
+        norm = Norm(f"{place}weight", f"{place}bias", f"{place}running_mean", name)
+        if all(shapes.get(other) == shapes[name] and len(shapes[name]) == 1 for other in norm.names):
+            found.append(norm)
+    return found
+
+
+def folded(norm: Norm, expert: Read, merged: Read, epsilon: float) -> dict[str, Tensor]:
+    """The four vectors, float32, with the expert's function and the merged mean and weight.
+
+    The expert's own where a weight changes its sign, which no variance makes up for.
+    """
+    weight, bias, mean, variance = (expert(name).float() for name in norm.names)
+    weight_0, _, mean_0, variance_0 = (merged(name).float() for name in norm.names)
+    if bool((weight.sign() != weight_0.sign()).any()):
+        return dict(zip(norm.names, (weight, bias, mean, variance), strict=True))
+    factor = weight * torch.rsqrt(variance.clamp(min=0) + epsilon)
+    deviation = torch.where(factor == 0, (variance_0 + epsilon).sqrt(), weight_0 / factor).clamp(max=LARGEST)
+    variance = (deviation.square() - epsilon).clamp(min=0)
+    bias = bias - mean * factor + mean_0 * weight_0 * torch.rsqrt(variance + epsilon)
+    return dict(zip(norm.names, (weight_0, bias, mean_0, variance), strict=True))
+
+
+def weights(layout: Sequence[tuple[str, Shape]]) -> dict[str, float]:
+    """What errors count in a network with BatchNorm, by tensor name, where it is not 1."""
+    found = {name: SHIFT_WEIGHT for norm in norms(layout) for name in norm.names}
+    if found:
+        found |= {name: DEPTHWISE_WEIGHT for name, shape in layout if len(shape) == 4 and shape[1] == 1}
+    return found

@@ -1,0 +1,100 @@
+"""Distillation brings a student nearer to its teacher, the same way on any number of threads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retex_cli.io.inputs import Example
+from retex_cli.models.distil import Loss, Schedule, answer_loss, distil
+from retex_cli.models.network import Network
+from retex_cli.models.student import Factors, Student
+from retex_cli.progress import Silent
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        for layer in self.layers:
+            values = layer(values).tanh()
+        found: Tensor = self.head(values)
+        return found
+
+
+def build(config: object) -> nn.Module:
+    del config
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+class Learner:
+    """An offset of rank 2 on the first layer."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.left = (0.1 * torch.randn(6, 2, generator=draw)).requires_grad_()
+        self.right = torch.randn(2, 6, generator=draw).requires_grad_()
+        self.settled = 0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+    def values(self) -> dict[str, Tensor | Factors]:
+        return {"layers.0.weight": (self.left, self.right)}
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+def run(folder: Path, threads: int, steps: int) -> tuple[Loss, Learner]:
+    (folder / "config.json").write_text(json.dumps({"id2label": {str(k): str(k) for k in range(3)}}))
+    name = f"{__name__}:build"
+    teacher, network = (Network(folder, torch.device("cpu"), model=name) for _ in range(2))
+    with torch.no_grad():
+        teacher.module.layers[0].weight += torch.outer(torch.ones(6), torch.linspace(-1, 1, 6))
+    draw = torch.Generator().manual_seed(2)
+    rows = [
+        Example(tensors={"values": torch.randn(6, generator=draw)}, label=None, source=str(k), text=None, image=None)
+        for k in range(33)
+    ]
+    learner = Learner()
+    loss = distil(
+        teacher, network, Student(network.module), learner, rows, Schedule(steps, 8, rate=0.03),
+        seed=0, threads=threads, progress=Silent(),
+    )  # fmt: skip
+    return loss, learner
+
+
+def test_the_student_learns(tmp_path: Path) -> None:
+    early, _ = run(tmp_path, 1, 4)
+    late, learner = run(tmp_path, 1, 150)
+    assert late.features < 0.2 * early.features
+    assert late.answers < 0.2 * early.answers
+    assert learner.settled == 150 // 16 + 1
+
+
+def test_threads_change_nothing(tmp_path: Path) -> None:
+    (one, a), (two, b) = run(tmp_path, 1, 20), run(tmp_path, 2, 20)
+    assert one == two
+    assert torch.equal(a.left, b.left)
+    assert torch.equal(a.right, b.right)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 1), (4, 2, 5, 5)])
+def test_answers_are_compared_by_what_they_are(shape: tuple[int, ...]) -> None:
+    wanted = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert float(answer_loss(wanted, wanted)) == pytest.approx(0, abs=1e-6)
+    near, far = (
+        answer_loss(wanted + 0.1 * torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2)) + 0.1, wanted),
+        answer_loss(-wanted, wanted),
+    )
+    assert 0 < float(near) < float(far)

@@ -1,0 +1,83 @@
+"""Damaged bytes end in ``CorruptOffsets`` or in numbers, never in a crash, a hang or a request for all the memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retex_cli.offsets import coder, lossless, stream
+from retex_cli.offsets.coder import CorruptOffsets
+from retex_cli.offsets.fit import OffsetFitter
+from retex_cli.offsets.fixed import Prediction
+
+LAYOUT = [("a", (48, 32)), ("b", (48,)), ("c", (8, 2, 3, 3)), ("d", ()), ("e", (0, 4))]
+QUICKLY = settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+Damage = list[tuple[int, int]]
+FLIPS = st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)), min_size=1, max_size=4)
+
+
+def hurt(data: bytes, flips: Damage, cut: float) -> bytes:
+    damaged = bytearray(data[: math.ceil(cut * len(data))])
+    for at, mask in flips if damaged else ():
+        damaged[at % len(damaged)] ^= mask
+    return bytes(damaged)
+
+
+@pytest.fixture(scope="module")
+def coded() -> bytes:
+    generator = torch.Generator().manual_seed(1)
+    fitter = OffsetFitter(LAYOUT, 900)
+    for name, shape in LAYOUT:
+        fitter.update(name, fitter.prepare(torch.randn(shape, generator=generator)))
+    return fitter.finish()
+
+
+@QUICKLY
+@given(flips=FLIPS, cut=st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_damaged_offsets(coded: bytes, flips: Damage, cut: float) -> None:
+    try:
+        factors = stream.decode(hurt(coded, flips, cut), LAYOUT)
+    except CorruptOffsets:
+        return
+    shapes = dict(LAYOUT)
+    assert all(found.delta(shapes[name], torch.device("cpu")).shape == shapes[name] for name, found in factors.items())
+
+
+@QUICKLY
+@given(data=st.binary(max_size=60))
+def test_bytes_that_were_never_offsets(data: bytes) -> None:
+    try:
+        assert isinstance(stream.decode(data, LAYOUT), dict)
+    except CorruptOffsets:
+        return
+
+
+@QUICKLY
+@given(flips=FLIPS, cut=st.one_of(st.just(1.0), st.floats(0, 1)), checked=st.booleans())
+def test_damaged_corrections_never_give_another_tensor(flips: Damage, cut: float, checked: bool) -> None:
+    expert = torch.randn(20, 30, generator=torch.Generator().manual_seed(2))
+    predicted = Prediction(expert + 1e-3, None, torch.float32)
+    data = lossless.encode(expert, predicted)
+    damaged = hurt(data, flips, cut)
+    if checked:  # as if the damage had come before the checksum: the decoder itself sees it
+        damaged = lossless.checked(hurt(data[4:], flips, cut))
+    try:
+        assert torch.equal(lossless.decode(damaged, predicted, torch.float32), expert)
+    except (CorruptOffsets, lossless.OtherPrediction):
+        return
+
+
+@pytest.mark.parametrize("announced", [10**6, 10**9, 2**55])
+def test_a_length_that_is_damage_asks_for_no_memory(announced: int) -> None:
+    head = bytearray()
+    for value in (1, announced, 0, 0, 2, 1, 1):
+        coder._put_varint(head, value)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptOffsets):
+        stream.decode(bytes(head), LAYOUT)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000

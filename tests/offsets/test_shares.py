@@ -1,0 +1,82 @@
+"""One budget for several tasks goes where it does most good; the smallest budget that is good enough is found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retex_cli.offsets.allocate import Candidates, allocate
+from retex_cli.offsets.quantiser import LEVELS, NORMAL
+from retex_cli.offsets.shares import FINEST, share_out, smallest
+
+
+def tensor(energies: list[float], entries: int = 100) -> Candidates:
+    return Candidates(np.array(energies), 1 - NORMAL.distortions[:LEVELS], 6 + entries * NORMAL.rates[:LEVELS])
+
+
+def lost(task: list[Candidates], budget: int) -> float:
+    levels = allocate(task, 8.0 * budget)
+    kept = sum(
+        c.energies[i] * c.kept[level] for c, chosen in zip(task, levels, strict=True) for i, level in enumerate(chosen)
+    )
+    return sum(float(c.energies.sum()) for c in task) - kept
+
+
+EASY = [tensor([0.1 * 0.5**k for k in range(20)]), tensor([])]
+HARD = [tensor([9.0] * 20), tensor([4.0] * 20)]
+
+
+def test_what_is_shared_out_loses_less_than_equal_parts() -> None:
+    shares = share_out([EASY, HARD], [10, 10], 2000)
+    assert sum(shares) <= 2000
+    assert sum(shares) > 1990
+    assert shares[1] > 5 * shares[0]
+    assert lost(EASY, shares[0]) + lost(HARD, shares[1]) < 0.9 * (lost(EASY, 1000) + lost(HARD, 1000))
+
+
+def test_equal_tasks_get_equal_parts_and_one_task_all() -> None:
+    first, second = share_out([HARD, HARD], [10, 10], 2000)
+    assert abs(first - second) < 100
+    assert share_out([HARD], [10], 2000) == [2000]
+
+
+def test_every_task_gets_the_least() -> None:
+    nothing = [tensor([0.0])]
+    shares = share_out([nothing, HARD, HARD], [30, 40, 40], 150)
+    assert shares[0] == 30
+    assert min(shares[1:]) >= 40
+    assert sum(shares) <= 150
+    assert share_out([nothing, nothing], [5, 5], 10) == [5, 5]
+    with pytest.raises(ValueError, match="110 bytes are the least"):
+        share_out([nothing, HARD, HARD], [30, 40, 40], 109)
+
+
+class Codec:
+    """Bytes are as many as the budget; the score is what the rule says of them."""
+
+    def __init__(self, enough: int) -> None:
+        self.enough, self.tried = enough, list[int]()
+
+    def code(self, budget: int) -> bytes:
+        self.tried.append(budget)
+        return bytes(budget)
+
+    def score(self, data: bytes) -> float:
+        return min(1.0, len(data) / self.enough)
+
+
+@pytest.mark.parametrize("enough", [20, 21, 500, 4097, 100_000])
+def test_the_smallest_that_is_enough(enough: int) -> None:
+    codec = Codec(enough)
+    found = smallest(codec.code, codec.score, 1.0, 20, 100_000)
+    assert enough <= found.budget <= max(FINEST * enough, enough + 1)
+    assert len(found.data) == found.budget
+    assert found.score == 1
+    assert len(codec.tried) < 25
+
+
+def test_what_is_out_of_reach_is_told_by_its_score() -> None:
+    codec = Codec(1000)
+    found = smallest(codec.code, codec.score, 1.0, 20, 900)
+    assert (found.budget, found.score) == (900, 0.9)
+    assert smallest(codec.code, codec.score, 0.5, 2000, 900).budget == 900
