@@ -76,12 +76,7 @@ def encoder_of(
     checkpoint: Checkpoint, device: torch.device, threads: int, *, model: str | None, max_length: int | None
 ) -> Encoder:
     """The checkpoint as a network whose layers can be read. RetexError for a bare weight file."""
-    if checkpoint.folder is None or checkpoint.config is None:
-        raise RetexError(
-            f"{checkpoint.reference}: no config.json beside the weights, so no model can be built",
-            "merge into a folder: retex merge -o merged/",
-        )
-    network = Network(checkpoint.folder, device, model=model, max_length=max_length)
+    network = Network.of(checkpoint.side_files(), checkpoint.reference, device, model=model, max_length=max_length)
     network.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
     return Encoder(network, threads)
 

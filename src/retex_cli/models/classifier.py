@@ -31,7 +31,7 @@ def classify(
             logits = network.logits(inputs).cpu()
         if logits.shape[1] != len(network.labels):
             raise RetexError(
-                f"{network.folder / 'config.json'}: names {len(network.labels)} labels, "
+                f"{network.name}: config.json names {len(network.labels)} labels, "
                 f"the network gives {logits.shape[1]} logits",
                 "name every class under id2label",
             )

@@ -60,7 +60,7 @@ class Encoder:
     def _hidden_states(self, inputs: Inputs) -> list[Tensor]:
         states = getattr(self._network.module(**inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
-            raise RetexError(f"{self._network.folder}: the model gives no hidden states to take signatures of")
+            raise RetexError(f"{self._network.name}: the model gives no hidden states to take signatures of")
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
 
@@ -73,7 +73,7 @@ class _Watched:
         self._names = feature_layers(network.module)
         if not self._names:
             raise RetexError(
-                f"{network.folder}: {type(network.module).__name__} has no ModuleList or Sequential to take layers of",
+                f"{network.name}: {type(network.module).__name__} has no ModuleList or Sequential to take layers of",
                 "name submodules in the attribute `feature_layers` of the network",
             )
         for name in self._names:
@@ -88,7 +88,7 @@ class _Watched:
         lost = [name for name in self._names if name not in pooled]
         if lost:
             raise RetexError(
-                f"{self._network.folder}: layer {lost[0]!r} of {type(self._network.module).__name__} gave no tensor",
+                f"{self._network.name}: layer {lost[0]!r} of {type(self._network.module).__name__} gave no tensor",
                 "name other submodules in the attribute `feature_layers` of the network",
             )
         return [pooled[name] for name in self._names]

@@ -19,8 +19,8 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 class Processor:
     """Turns examples of one kind into batches, in the way that the folder's own files say."""
 
-    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str, *, max_length: int | None = None) -> None:
+        self.name = name
         self._max_length = max_length
         self._tokenizer = None
         self._image_processor = None
@@ -47,7 +47,7 @@ class Processor:
             return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
         if first.text is not None:
             if self._tokenizer is None:
-                raise RetexError(f"{self.folder}: text given to a model without a tokenizer", "give it its own inputs")
+                raise RetexError(f"{self.name}: text given to a model without a tokenizer", "give it its own inputs")
             encoded = self._tokenizer(
                 [_text(example) for example in examples],
                 truncation=True,
@@ -58,7 +58,7 @@ class Processor:
             return dict(encoded)
         if self._image_processor is None:
             raise RetexError(
-                f"{self.folder}: images given to a model without an image processor", "give it its own inputs"
+                f"{self.name}: images given to a model without an image processor", "give it its own inputs"
             )
         from PIL import Image
 
