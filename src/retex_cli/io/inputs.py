@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from retex_cli.errors import RetexError
 from retex_cli.io.rows import READERS, lines, parsed
@@ -24,13 +26,14 @@ LABEL_COLUMNS = ("label", "labels")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input: a text, the path of an image, or the model's input tensors (without a batch dimension).
+    """One input: a text, an image (its path, or uint8 [height, width, 3]), or the model's input tensors (without a
+    batch dimension).
 
     ``label`` is the name of its class where the file has labels; ``source`` is where it stands, for messages.
     """
 
     text: str | None = None
-    image: Path | None = None
+    image: Path | NDArray[np.uint8] | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
     label: str | None = None
     source: str = ""
