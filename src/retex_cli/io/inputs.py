@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class BadInput:
 
     source: str
     error: RetexError
+
+    bad: ClassVar[bool] = True
+
+    def line(self) -> str:
+        """What is wrong and what to do, in one line."""
+        return f"error: {self.error.message}" + (f" ({self.error.hint})" if self.error.hint else "")
 
     def to_json(self) -> dict[str, object]:
         """``{"source", "error", "hint"}``."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.inputs import Example
+from retex_cli.models.names import saved_names
 from retex_cli.models.processor import Inputs, Processor
 
 
@@ -84,8 +85,10 @@ class Network:
         return self._processor.max_length
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Take these weights; see ``load_weights``."""
-        load_weights(self.module, tensors, source)
+        """Take these weights, named as files or as the module name them; see ``load_weights``."""
+        own = self.module.state_dict()
+        saved = saved_names(self.module) if any(name not in own for name in tensors) else {}
+        load_weights(self.module, {saved.get(name, name): value for name, value in tensors.items()}, source)
 
     def inputs(self, examples: Sequence[Example]) -> Inputs:
         """One padded batch on the network's device, by the names of ``forward``'s arguments."""
