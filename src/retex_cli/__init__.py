@@ -216,6 +216,7 @@ def recover(
     input: Sequence[str] = (),
     mix: Mapping[str, float] | None = None,
     soft: bool = False,
+    min_confidence: float | None = None,
     head: str | None = None,
     model: str | None = None,
     dtype: str | None = None,
@@ -227,7 +228,8 @@ def recover(
 ) -> RecoverReport:
     """Bring back one expert: by ``task``, by the task that ``input`` belongs to, or as a ``mix`` whose shares sum to 1.
 
-    ``soft`` with an identified task mixes experts by how well they fit; ``head`` names whose head a mix gets.
+    ``soft`` with an identified task mixes experts by how well they fit; ``head`` names whose head a mix gets. Raises
+    GateMissed where the task is identified with a probability under ``min_confidence``, or as unknown.
     """
     from retex_cli.commands import recover as command
 
@@ -240,6 +242,7 @@ def recover(
         input=tuple(input),
         mix=mix or {},
         soft=soft,
+        min_confidence=min_confidence,
         head=head,
         model=model,
         dtype=dtype,
@@ -300,16 +303,28 @@ def identify(
     signatures: str,
     inputs: Sequence[str],
     *,
+    batch: bool = False,
     model: str | None = None,
+    batch_size: int = 64,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> IdentifyReport:
-    """Tell which task each of ``inputs`` belongs to, and how sure that is."""
+    """Tell which task each of ``inputs`` (texts, files, folders) belongs to, and how sure that is.
+
+    With ``batch`` they share a task, and there is one answer. What cannot be used stands under ``bad`` in the report.
+    """
     from retex_cli.commands import identify as command
 
     config = command.IdentifyConfig(
-        merged=merged, signatures=signatures, inputs=tuple(inputs), model=model, device=device, threads=threads
+        merged=merged,
+        signatures=signatures,
+        inputs=tuple(inputs),
+        batch=batch,
+        model=model,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
     )
     return command.run(command.plan(config), progress or Silent())
 

@@ -135,7 +135,11 @@ def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: R
         assert entry["identified"] > 0.9
     result = retex("identify", here / "data/spots-test.safetensors", "-w", here, "--json")
     assert result.code == 0, result.err
-    assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
+    assert sum(found["task"] == "spots" for found in result.lines) > 43
+    save_file({"pixel_values": torch.zeros(1, 3, 8, 16, dtype=torch.uint8)}, "small.safetensors")
+    result = retex("identify", "small.safetensors", "-w", here)
+    assert result.code == 1
+    assert "row 1: 'pixel_values' is [3, 8, 16], the reference inputs have [3, 16, 16]" in result.err
 
 
 def test_small_variances_beside_large_ones_come_back(

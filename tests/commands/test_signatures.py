@@ -17,7 +17,7 @@ def test_identify_names_the_task_of_each_input(made: Path, retex: Retex) -> None
     for task in ("cars", "dtd"):
         result = retex("identify", f"data/{task}-test.jsonl", "--json")
         assert result.code == 0, result.err
-        found = result.json["inputs"]
+        found = result.lines
         assert len(found) == 48
         assert sum(entry["task"] == task for entry in found) >= 44
         for entry in found:
@@ -28,8 +28,8 @@ def test_identify_names_the_task_of_each_input(made: Path, retex: Retex) -> None
 def test_identify_takes_texts_and_files_together(made: Path, retex: Retex) -> None:
     result = retex("identify", "the engine of a rapid car", "data/dtd-inputs.jsonl", "--json")
     assert result.code == 0, result.err
-    assert len(result.json["inputs"]) == 49
-    assert result.json["inputs"][0]["task"] == "cars"
+    assert len(result.lines) == 49
+    assert result.lines[0]["task"] == "cars"
 
 
 def test_the_signature_file_says_how_it_was_made_and_stores_no_input(made: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_published_preset_reads_the_base(made: Path, retex: Retex) -> None:
     assert result.json["encoder"].endswith("base")
     result = retex("identify", "data/cars-test.jsonl", "--json")
     assert result.code == 0, result.err
-    assert sum(entry["task"] == "cars" for entry in result.json["inputs"]) >= 40
+    assert sum(entry["task"] == "cars" for entry in result.lines) >= 40
 
 
 def test_the_preset_without_a_base_is_wrong_usage(made: Path, retex: Retex) -> None:

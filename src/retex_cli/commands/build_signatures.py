@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import retex_cli
-from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of
+from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of, shapes_of
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.artefact import check_artefact, write_artefact
@@ -142,6 +142,7 @@ def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
         "revision": plan.encoder.revision,
         "fingerprint": checkpoint_fingerprint(plan.encoder),
         "max_length": encoder.max_length,
+        "inputs": shapes_of([example for examples in plan.inputs.values() for example in examples]),
         "pooling": "mean over positions of every layer's output",
     }
     made = {

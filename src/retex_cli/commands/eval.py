@@ -7,9 +7,7 @@ builds it; the experts themselves are opened only to be compared with.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,16 +166,13 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
         )
         _check_tasks(plan, identifier)
     everyone = sorted({*tasks, *(identifier.tasks if identifier else ())})
-    with ExitStack() as stack:
-        bench = _Bench(plan, plan.file.predictor(everyone), progress)
-        for task in everyone:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for name, content in plan.file.side_files(task).items():
-                (folder / name).write_bytes(content)
-            bench.models[task] = Network(folder, device, model=config.model)
-        logits = {task: _known(bench, task) for task in tasks}
-        identified = _identify(bench, identifier) if identifier else {}
-        answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
+    bench = _Bench(plan, plan.file.predictor(everyone), progress)
+    for task in everyone:
+        name = f"{config.offsets}: task {task!r}"
+        bench.models[task] = Network.of(plan.file.side_files(task), name, device, model=config.model)
+    logits = {task: _known(bench, task) for task in tasks}
+    identified = _identify(bench, identifier) if identifier else {}
+    answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
     report = EvalReport(
         scores=tuple(score(given) for given in answers),
         offset_bytes={task: plan.file.task(task).offset_bytes for task in tasks},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
+from retex_cli.models.names import saved_names
 
 Shape = tuple[int, ...]
 
@@ -35,6 +36,7 @@ class Places:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.kind = type(module).__name__
+        self._module = module
         self._own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
     def match(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
@@ -44,7 +46,8 @@ class Places:
         the module names first has it. RetexError names the first required tensor without a place or with one of
         another shape, and any place on the meta device.
         """
-        names = [self._name(one) for one in wanted]
+        saved = {} if all(any(n in self._own for n in one.names) for one in wanted) else saved_names(self._module)
+        names = [self._name(one, saved) for one in wanted]
         asked = {name for name in names if name is not None}
         first: dict[int, str] = {}
         for name, value in self._own.items():
@@ -53,8 +56,8 @@ class Places:
         owners = set(first.values())
         return [self._own[name] if name in owners else None for name in names]
 
-    def _name(self, wanted: Wanted) -> str | None:
-        name = next((name for name in wanted.names if name in self._own), None)
+    def _name(self, wanted: Wanted, saved: Mapping[str, str]) -> str | None:
+        name = next((own for name in wanted.names if (own := saved.get(name, name)) in self._own), None)
         place = None if name is None else self._own[name]
         if place is None or tuple(place.shape) not in wanted.shapes:
             if not wanted.required:
