@@ -40,6 +40,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "build_signatures",
+    "change_signatures",
     "evaluate",
     "fit_offsets",
     "identify",
@@ -202,6 +203,36 @@ def build_signatures(
         threads=threads,
         seed=seed,
         overwrite=overwrite,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
+def change_signatures(
+    merged: str,
+    signatures: str,
+    *,
+    add: Mapping[str, str] | None = None,
+    remove: Sequence[str] = (),
+    model: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> BuildSignaturesReport:
+    """Let tasks join ``signatures`` from their own inputs alone (``add``: task name to path), and leave it."""
+    from retex_cli.commands import change_signatures as command
+
+    config = command.ChangeSignaturesConfig(
+        merged=merged,
+        signatures=signatures,
+        add=add or {},
+        remove=tuple(remove),
+        model=model,
+        samples=samples,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
     )
     return command.run(command.plan(config), progress or Silent())
 

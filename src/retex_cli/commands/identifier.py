@@ -115,7 +115,8 @@ def shapes_of(examples: Sequence[Example]) -> dict[str, list[int | None]]:
 class SignaturesFile:
     """An opened signature file: the signatures, and of which network's features they are made.
 
-    ``reference``: the encoder where that is not the merged checkpoint. ``shapes``: see ``shapes_of``.
+    ``reference``: the encoder where that is not the merged checkpoint. ``shapes``: see ``shapes_of``. ``metadata``: the
+    header as it is written.
     """
 
     path: str
@@ -124,6 +125,7 @@ class SignaturesFile:
     fingerprint: str
     max_length: int | None
     shapes: Shapes
+    metadata: Mapping[str, str]
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -137,7 +139,8 @@ class SignaturesFile:
             except (KeyError, TypeError, ValueError) as error:
                 raise RetexError(f"{path}: damaged header: {error}", "build the signatures again") from error
             signatures = Signatures.from_tensors({name: file.read(name) for name in file.tensors}, recipe)
-        return cls(path, signatures, reference, fingerprint, max_length, header.get("inputs", {}))
+            metadata = dict(file.metadata)
+        return cls(path, signatures, reference, fingerprint, max_length, header.get("inputs", {}), metadata)
 
     def encoder(self, merged: str) -> Checkpoint:
         """The checkpoint whose features count: ``merged``, or the base. RetexError where it has become another."""
@@ -198,12 +201,16 @@ class Identifier:
         built = encoder_of(encoder, device, threads, model=model, max_length=file.max_length)
         return cls(file.signatures, built, batch_size, file.shapes)
 
-    def decide(self, examples: Sequence[Example], progress: Progress) -> Decisions:
-        """What the signatures say of every example by itself; one step of progress an example.
+    def features(self, examples: Sequence[Example], progress: Progress) -> Tensor:
+        """What the encoder says of examples: float32 [n, layers, width]; one step of progress an example.
 
         RetexError for the first that the encoder cannot take.
         """
-        return self.signatures.identify(self._features(examples, progress).whole())
+        return self._features(examples, progress).whole()
+
+    def decide(self, examples: Sequence[Example], progress: Progress) -> Decisions:
+        """What the signatures say of every example by itself; see ``features``."""
+        return self.signatures.identify(self.features(examples, progress))
 
     def identify(self, items: Sequence[Item], progress: Progress) -> list[Answer]:
         """Every item by itself, in order; one that is bad, or that the encoder cannot take, is the answer itself."""
