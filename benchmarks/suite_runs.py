@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ from retex_cli.workspace import MERGED, OFFSETS, Workspace
 
 DRAWS, LARGEST = 3, 256
 """Draws of the reference inputs, and how many there are in one."""
+
+ANSWERED = 1000
+"""Test rows of a task that every expert answers, drawn at random; features are of all."""
 
 Names = np.ndarray
 """Label names, one per input."""
@@ -107,11 +111,19 @@ class Suite:
                 found[task] = {part: torch.from_numpy(file[part]) for part in file.files}
         return found
 
+    def answered(self, task: str) -> list[int]:
+        """Which test rows ``answers`` is about."""
+        count = len(self.test(task))
+        return sorted(random.Random(0).sample(range(count), min(count, ANSWERED)))
+
     def answers(self) -> dict[str, dict[str, Names]]:
-        """Task -> label names of its test rows: "truth", "expert", and "E:OTHER", "H:OTHER" for every OTHER task: the
-        answers of OTHER's recovered encoder with the true head, and with OTHER's own."""
+        """Task -> label names of the ``answered`` test rows: "truth", "expert", and for every OTHER task "E:OTHER" and
+        "H:OTHER": the answers of OTHER's recovered encoder with the true head, and with OTHER's own."""
         found: dict[str, dict[str, Names]] = {task: {} for task in self.tasks}
-        tests = {task: self.test(task) for task in self.tasks}
+        tests = {}
+        for task in self.tasks:
+            rows = self.test(task)
+            tests[task] = [rows[i] for i in self.answered(task)]
         for other in self.tasks:
             place = self.cache / f"answers-{other}.npz"
             if not place.is_file():

@@ -1,4 +1,5 @@
-"""Write ``docs/cli.md`` and ``docs/methods.md`` from the code, and the README's tables from ``benchmarks/results/``.
+"""Write ``docs/cli.md``, ``methods.md`` and ``identification.md`` and the README's tables, from the code and from
+``benchmarks/results/``.
 
 With ``--check``, only say whether they are stale.
 
@@ -158,7 +159,10 @@ _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor"
 
 def pages() -> dict[str, str]:
     """Path relative to this folder to text, of every generated page."""
-    return {"cli.md": cli_page(), "methods.md": methods_page(), "../README.md": readme()}
+    from identify_tables import identification_page
+
+    made = {"cli.md": cli_page(), "methods.md": methods_page(), "identification.md": identification_page()}
+    return {**made, "../README.md": readme()}
 
 
 def readme() -> str:
