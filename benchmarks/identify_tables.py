@@ -110,9 +110,9 @@ _UNSEEN = """\
 One task is left out, the others are merged and their signatures built. Area under the curve (AUROC) of how surprising
 the left-out task's test inputs are beside the others', one at a time and in batches of 16; `unknown`: share called so
 at the threshold for 1 % false alarms, in brackets the alarms among the others. Last columns: accuracy of a linear
-probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of several networks, {rows} test
-rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, the best expert the best of all
-others by hindsight.
+probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of several networks,
+{rows} test rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, the best expert the best
+of all others by hindsight.
 """
 
 
