@@ -39,7 +39,7 @@ from retex_cli.workspace import MERGED, OFFSETS, Workspace
 DRAWS, LARGEST = 3, 256
 """Draws of the reference inputs, and how many there are in one."""
 
-ANSWERED = 1000
+ANSWERED = 500
 """Test rows of a task that every expert answers, drawn at random; features are of all."""
 
 Names = np.ndarray
