@@ -264,6 +264,7 @@ def evaluate(
     base: str | None = None,
     model: str | None = None,
     output: str | None = None,
+    picture: str | None = None,
     logits: str | None = None,
     protocols: Sequence[str] = ("K", "E", "H"),
     fail_under: str | None = None,
@@ -274,7 +275,8 @@ def evaluate(
 ) -> EvalReport:
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
-    ``output`` keeps the report as JSON, ``logits`` every model's logits. Raises GateMissed, which carries the report,
+    ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
+    model's logits. Raises GateMissed, which carries the report,
     where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
@@ -288,6 +290,7 @@ def evaluate(
         base=base,
         model=model,
         output=output,
+        picture=picture,
         logits=logits,
         protocols=tuple(protocols),
         fail_under=fail_under,
