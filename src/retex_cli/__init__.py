@@ -7,7 +7,8 @@ paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a fo
 ``model`` (``package.module:function``) builds the network where it is no transformers model.
 ``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
 
-``Predictor`` switches experts inside a model that is already loaded, without writing a file.
+``Predictor`` switches experts inside a model that is already loaded, without writing a file; ``Experts`` answers mixed
+inputs, each by the expert of the task that it is identified as.
 
 Importing this module imports nothing heavy: torch is loaded by the first call.
 """
@@ -23,6 +24,7 @@ from retex_cli.progress import Progress, Silent
 if TYPE_CHECKING:
     from retex_cli.commands.build_signatures import BuildSignaturesReport
     from retex_cli.commands.eval_report import EvalReport
+    from retex_cli.commands.experts import Experts
     from retex_cli.commands.fit_offsets import FitOffsetsReport
     from retex_cli.commands.identify import IdentifyReport
     from retex_cli.commands.init import InitReport
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Experts",
     "GateMissed",
     "Predictor",
     "RetexError",
@@ -56,6 +59,10 @@ def __getattr__(name: str) -> object:
         from retex_cli.commands import predictor
 
         return predictor.Predictor
+    if name == "Experts":
+        from retex_cli.commands import experts
+
+        return experts.Experts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -209,12 +209,7 @@ class EvalGateMissed(GateMissed):
 
 
 def _check_tasks(plan: EvalPlan, identifier: Identifier) -> None:
-    lost = [task for task in identifier.tasks if task not in plan.file.tasks]
-    if lost:
-        raise RetexError(
-            f"{plan.config.signatures}: can identify task {lost[0]!r}, which {plan.config.offsets} does not have",
-            "build both files from the same tasks",
-        )
+    plan.file.check_covers(identifier.tasks, plan.config.signatures or "")
     unseen = [task for task in plan.tests if task not in identifier.tasks]
     if unseen:
         raise RetexError(
