@@ -57,12 +57,13 @@ def recover(
 ) -> None:
     """Bring an expert back.
 
-    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified. In a workspace,
+    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified: then it says
+    what it decided and how sure it was, and mixes experts where the inputs are like none of the tasks. In a workspace,
     with nothing else said, brings back every task's expert.
 
     \b
     retex recover --task cars -o cars.safetensors
-    retex recover --input photo.jpg -o expert/
+    retex recover --input photo.jpg -o expert/ --min-confidence 0.95
     retex recover --mix cars=0.7,dtd=0.3 -o mixed/
     """
     how = How(dry_run, quiet, as_json, streams=output == "-")
