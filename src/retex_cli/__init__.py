@@ -7,7 +7,8 @@ paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a fo
 ``model`` (``package.module:function``) builds the network where it is no transformers model.
 ``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
 
-``Predictor`` switches experts inside a model that is already loaded, without writing a file.
+``Predictor`` switches experts inside a model that is already loaded, without writing a file; ``Experts`` answers mixed
+inputs, each by the expert of the task that it is identified as.
 
 Importing this module imports nothing heavy: torch is loaded by the first call.
 """
@@ -23,6 +24,7 @@ from retex_cli.progress import Progress, Silent
 if TYPE_CHECKING:
     from retex_cli.commands.build_signatures import BuildSignaturesReport
     from retex_cli.commands.eval_report import EvalReport
+    from retex_cli.commands.experts import Experts
     from retex_cli.commands.fit_offsets import FitOffsetsReport
     from retex_cli.commands.identify import IdentifyReport
     from retex_cli.commands.init import InitReport
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Experts",
     "GateMissed",
     "Predictor",
     "RetexError",
@@ -57,6 +60,10 @@ def __getattr__(name: str) -> object:
         from retex_cli.commands import predictor
 
         return predictor.Predictor
+    if name == "Experts":
+        from retex_cli.commands import experts
+
+        return experts.Experts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -295,6 +302,7 @@ def evaluate(
     base: str | None = None,
     model: str | None = None,
     output: str | None = None,
+    picture: str | None = None,
     logits: str | None = None,
     protocols: Sequence[str] = ("K", "E", "H"),
     fail_under: str | None = None,
@@ -305,7 +313,8 @@ def evaluate(
 ) -> EvalReport:
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
-    ``output`` keeps the report as JSON, ``logits`` every model's logits. Raises GateMissed, which carries the report,
+    ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
+    model's logits. Raises GateMissed, which carries the report,
     where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
@@ -319,6 +328,7 @@ def evaluate(
         base=base,
         model=model,
         output=output,
+        picture=picture,
         logits=logits,
         protocols=tuple(protocols),
         fail_under=fail_under,

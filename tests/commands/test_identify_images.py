@@ -1,21 +1,24 @@
-"""Identification of pictures by a transformers model of images."""
+"""Pictures: identified by a transformers model of images, and answered by its experts."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from retex_cli import Experts
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
 
 
 def picture(path: Path, seed: int, *, bars: bool) -> None:
-    from PIL import Image
-
     draw = np.random.default_rng(seed)
     pixels = draw.integers(0, 90, (24, 20, 3), np.uint8)
     if bars:
@@ -55,3 +58,33 @@ def test_pictures_of_a_folder_and_bad_ones_among_them(signed: Path, retex: Retex
     assert [answer.get("task") for answer in answers] == ["bars"] * 4 + ["plain"] * 4 + [None] * 2
     assert "cut.png: not a readable image" in answers[8]["error"]
     assert answers[9]["error"] == "'of some words': a text, and merged reads images"
+
+
+def test_experts_answer_pictures_by_path_and_by_array(signed: Path, retex: Retex) -> None:
+    from transformers import ViTForImageClassification, set_seed
+
+    given = []
+    for seed, (task, labels) in enumerate({"bars": ["red", "blue"], "plain": ["x", "y", "z"]}.items()):
+        set_seed(seed + 1)
+        names = dict(enumerate(labels))
+        expert = ViTForImageClassification.from_pretrained("merged", num_labels=len(names), id2label=names)
+        with torch.no_grad():
+            expert.vit.layernorm.bias.add_(torch.randn(16) / 4)
+        expert.save_pretrained(f"experts/{task}")
+        shutil.copy("merged/preprocessor_config.json", f"experts/{task}")
+        given += ["--expert", f"{task}=experts/{task}"]
+    assert retex("fit-offsets", "--merged", "merged", *given, "--budget", "20%").code == 0
+    experts = Experts.load("merged", "offsets.safetensors", "signatures.safetensors")
+    array = np.asarray(Image.open("plain/03.png"))
+    replies = experts(["bars/01.png", array, Path("gone.png"), signed / "bars/02.png", "plain/03.png"])
+    assert [reply.task for reply in replies] == ["bars", "plain", None, "bars", "plain"]
+    assert "inputs[2]: not a readable image" in str(replies[2].error)
+    assert torch.equal(replies[1].logits, replies[4].logits)
+    for k, task, path in ((0, "bars", "bars/01.png"), (4, "plain", "plain/03.png")):
+        assert retex("recover", "--task", task, "-o", f"back/{task}/").code == 0
+        model = ViTForImageClassification.from_pretrained(f"back/{task}")
+        pixels = torch.from_numpy(np.array(Image.open(path).resize((16, 16), Image.Resampling.BILINEAR))).float()
+        with torch.no_grad():
+            logits = model(pixel_values=(pixels.permute(2, 0, 1)[None] / 255 - 0.5) / 0.5).logits[0]
+        torch.testing.assert_close(replies[k].logits, logits, atol=5e-2, rtol=5e-2)
+        assert replies[k].label == model.config.id2label[int(logits.argmax())]

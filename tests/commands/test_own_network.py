@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import retex_cli
+
 if TYPE_CHECKING:
     from tests.conftest import Retex
 
@@ -183,3 +185,25 @@ def test_the_flag_beats_the_file_and_a_wrong_one_is_wrong_usage(here: Path, rete
     result = retex("build-signatures", "-w", here, "--model", flag)
     assert result.code == 2
     assert flag in result.err
+
+
+def test_experts_answer_tensors_of_a_network_of_ones_own(here: Path, retex: Retex) -> None:
+    for command in ("merge", "fit-offsets", "build-signatures"):
+        result = retex(command, "-w", here)
+        assert result.code == 0, result.err
+    experts = retex_cli.Experts.load(
+        *(str(here / name) for name in ("merged", "offsets.safetensors", "signatures.safetensors")),
+        model="tiny_cnn:build",
+    )
+    images = {task: pictures(task, 24, seed=5) for task in SIDES}
+    given = [
+        {"pixel_values": image} for pair in zip(*(images[task][0] for task in SIDES), strict=True) for image in pair
+    ]
+    replies = experts([*given, {"pixel_values": torch.zeros(3, 8, 8)}, "a text"])
+    assert "'pixel_values' is [3, 8, 8], the reference inputs have [3, 16, 16]" in str(replies[-2].error)
+    assert "a text, and" in str(replies[-1].error)
+    for k, task in enumerate(SIDES):
+        mine = replies[k:-2:2]
+        assert sum(reply.task == task for reply in mine) > 20
+        right = [SIDES[task][i] for i in images[task][1].tolist()]
+        assert sum(reply.label == label for reply, label in zip(mine, right, strict=True)) > 19

@@ -57,12 +57,13 @@ def recover(
 ) -> None:
     """Bring an expert back.
 
-    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified. In a workspace,
+    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified: then it says
+    what it decided and how sure it was, and mixes experts where the inputs are like none of the tasks. In a workspace,
     with nothing else said, brings back every task's expert.
 
     \b
     retex recover --task cars -o cars.safetensors
-    retex recover --input photo.jpg -o expert/
+    retex recover --input photo.jpg -o expert/ --min-confidence 0.95
     retex recover --mix cars=0.7,dtd=0.3 -o mixed/
     """
     how = How(dry_run, quiet, as_json, streams=output == "-")
@@ -122,7 +123,10 @@ def evaluate(
     protocols: Annotated[
         str | None,
         typer.Option(
-            "--protocols", metavar="K,E,H", help="Task known; encoder identified; encoder and head identified."
+            "--protocols",
+            "--protocol",
+            metavar="K,E,H",
+            help="Task known; encoder identified; encoder and head identified.",
         ),
     ] = None,
     fail_under: Annotated[
@@ -133,6 +137,9 @@ def evaluate(
     ] = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON object in this file, too.")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Draw which tasks are taken for which: an SVG file.")
     ] = None,
     logits: Annotated[
         str | None, typer.Option("--logits", metavar="FILE", help="Keep every model's logits in this safetensors file.")
@@ -150,11 +157,13 @@ def evaluate(
 ) -> None:
     """Score what came back.
 
-    Experts, merged and recovered models side by side on every task's labelled test data.
+    Experts, merged and recovered models side by side on every task's labelled test data. How many answers are right and
+    how many tasks are found stand apart, each with its 95 % interval.
 
     \b
     retex eval --fail-under 99
     retex eval --json > eval.json
+    retex eval --protocol K,E,H --picture confusion.svg
     """
     how = How(dry_run, quiet, as_json, answer=True)
     space = Workspace.load(workspace)
@@ -172,6 +181,7 @@ def evaluate(
         base=base or space.base,
         model=model_of(space, model),
         output=output,
+        picture=picture,
         logits=logits,
         protocols=names(protocols) or space.eval.protocols or _possible(signatures),
         fail_under=fail_under,

@@ -149,6 +149,15 @@ class OffsetsFile:
         hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(self.tasks)}"
         raise UsageError(f"{self.path}: no task {name!r}", hint)
 
+    def check_covers(self, tasks: Iterable[str], signatures: str) -> None:
+        """RetexError where the ``signatures`` file can identify a task that is not here."""
+        lost = [task for task in tasks if task not in self.tasks]
+        if lost:
+            raise RetexError(
+                f"{signatures}: can identify task {lost[0]!r}, which {self.path} does not have",
+                "build both files from the same tasks",
+            )
+
     def predictor(self, tasks: Iterable[str]) -> Predictor:
         """Decoded offsets of these tasks; see ``factors``."""
         return Predictor({task: self.factors(task) for task in tasks})

@@ -15,7 +15,7 @@ import retex_cli
 from retex_cli.commands.identifier import Identification, Identifier, read_inputs
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.report import Json, Table
-from retex_cli.errors import GateMissed, RetexError, UsageError
+from retex_cli.errors import GateMissed, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
 from retex_cli.io.inputs import BadInput
@@ -262,12 +262,7 @@ def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, Re
     shares = {task: share for task, share in identified.embedding.items() if share > NEGLIGIBLE}
     embedding = {task: share / math.fsum(shares.values()) for task, share in shares.items()}
     embedding = embedding if soft else {identified.task: 1.0}
-    missing = [task for task in embedding if task not in plan.file.tasks]
-    if missing:
-        raise RetexError(
-            f"{config.signatures}: identifies task {missing[0]!r}, which {config.offsets} does not have",
-            "build both files from the same tasks",
-        )
+    plan.file.check_covers(embedding, config.signatures)
     return identified, replace(plan, embedding=embedding, head=config.head or identified.task)
 
 

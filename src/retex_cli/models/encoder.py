@@ -27,14 +27,14 @@ class Encoder:
     """
 
     def __init__(self, network: Network, threads: int) -> None:
-        self._network = network
+        self.network = network
         self._threads = threads
         self._watched = None if network.gives_hidden_states else _Watched(network)
 
     @property
     def max_length(self) -> int | None:
         """Tokens per text that the features look at."""
-        return self._network.max_length
+        return self.network.max_length
 
     def features(self, examples: Sequence[Example], batch_size: int, progress: Progress) -> Tensor:
         """Every layer's output averaged over positions or pixels: float32 [n, layers, width], the embedding first
@@ -49,16 +49,16 @@ class Encoder:
         """``features`` of the inputs that the network can take."""
 
         def forward(inputs: Inputs) -> Tensor:
-            with inference(self._network.device):
+            with inference(self.network.device):
                 layers = self._hidden_states(inputs) if self._watched is None else self._watched.layers(inputs)
             return _stack(layers).cpu()
 
-        return run(self._network, examples, forward, batch_size, self._threads, progress)
+        return run(self.network, examples, forward, batch_size, self._threads, progress)
 
     def _hidden_states(self, inputs: Inputs) -> list[Tensor]:
-        states = getattr(self._network.module(**inputs, output_hidden_states=True), "hidden_states", None)
+        states = getattr(self.network.module(**inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
-            raise RetexError(f"{self._network.name}: the model gives no hidden states to take signatures of")
+            raise RetexError(f"{self.network.name}: the model gives no hidden states to take signatures of")
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
 

@@ -84,6 +84,11 @@ class Network:
         """Tokens per text; None for networks that read no text."""
         return self._processor.max_length
 
+    @property
+    def reads(self) -> str:
+        """ "texts", "images" or "tensors": what there is a tokenizer or an image processor for."""
+        return self._processor.reads
+
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take these weights, named as files or as the module name them; see ``load_weights``."""
         own = self.module.state_dict()

@@ -71,6 +71,12 @@ class Places:
             raise RetexError(f"{self.kind}: tensor {name!r} is on the meta device and holds nothing", "load it first")
         return name
 
+    def variable(self, place: Tensor) -> Tensor:
+        """The parameter or buffer itself whose memory a place that ``match`` gave is."""
+        name = next(name for name, value in self._own.items() if value is place)
+        found: Tensor = self._module.state_dict(keep_vars=True)[name]
+        return found
+
     def left_over(self, filled: Iterable[Tensor]) -> list[str]:
         """Names of floating-point tensors that share no memory with a filled place; tied weights are one memory."""
         pointers = {place.data_ptr() for place in filled}
@@ -79,6 +85,15 @@ class Places:
             for name, value in self._own.items()
             if value.is_floating_point() and value.numel() and value.data_ptr() not in pointers
         ]
+
+
+def lend(variable: Tensor, memory: Tensor) -> None:
+    """Let a parameter or buffer be this memory from now on, which others may have as well, if it is of its kind.
+
+    It stays the same object, and what is tied to it stays tied.
+    """
+    if (variable.shape, variable.dtype, variable.device) == (memory.shape, memory.dtype, memory.device):
+        variable.data = memory
 
 
 def fill(place: Tensor, value: Tensor) -> None:
