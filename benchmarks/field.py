@@ -96,11 +96,11 @@ class Field:
     def _grams_of(self, task: str) -> Iterator[tuple[str, torch.Tensor]]:
         ours = {theirs: name for name, theirs in self.models.alignments[task].shared.items() if name in self.names}
         examples = read_inputs(task, self.inputs[task], SAMPLES, hold_out=False).measured
-        with self.models.network(task) as network:
-            self.models.load_expert(network, task)
-            names = ours.keys() & gram_layers(network.module).keys()
-            for name, gram in input_grams(network, examples, names, 32, thread_count(None), Silent()):
-                yield ours[name], gram
+        network = self.models.network(task)
+        self.models.load_expert(network, task)
+        names = ours.keys() & gram_layers(network.module).keys()
+        for name, gram in input_grams(network, examples, names, 32, thread_count(None), Silent()):
+            yield ours[name], gram
 
     def scores(self, recovered: Callable[[str], Tensors]) -> dict[str, object]:
         """Shares of the experts' own accuracy on the same rows, and of answers that are the expert's.
@@ -133,16 +133,16 @@ class Field:
         return (drawn[:, 1] + drawn[:, 3]) / np.maximum(drawn[:, 2] + drawn[:, 3], 1)
 
     def _answers(self, task: str, recovered: Tensors | None) -> Answers:
-        with self.models.network(task) as network:
-            if recovered is None:
-                self.models.load_expert(network, task)
-                self._truths[task] = self._truth(network, task)
-            else:
-                kinds = self.merged.tensors
-                weights = {name: from_domain(name, value).to(kinds[name].dtype) for name, value in recovered.items()}
-                self.models.load_merged(network, task, weights)
-            logits = classify(network, self.tests[task], 64, thread_count(None), Silent())
-            return logits.argmax(1).numpy()
+        network = self.models.network(task)
+        if recovered is None:
+            self.models.load_expert(network, task)
+            self._truths[task] = self._truth(network, task)
+        else:
+            kinds = self.merged.tensors
+            weights = {name: from_domain(name, value).to(kinds[name].dtype) for name, value in recovered.items()}
+            self.models.load_merged(network, task, weights)
+        logits = classify(network, self.tests[task], 64, thread_count(None), Silent())
+        return logits.argmax(1).numpy()
 
     def _truth(self, network: Network, task: str) -> Answers:
         numbers = {label: number for number, label in enumerate(network.labels)}

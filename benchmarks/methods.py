@@ -75,13 +75,13 @@ class Bench:
         return {"mean": sum(shares.values()) / len(shares), "worst": min(shares.values()), "tasks": shares}
 
     def _accuracy(self, task: str, rows: list[Example], merged: Mapping[str, torch.Tensor] | None) -> float:
-        with self.models.network(task) as network:
-            if merged is None:
-                self.models.load_expert(network, task)
-            else:
-                self.models.load_merged(network, task, merged)
-            answers = classify(network, rows, 64, thread_count(None), Silent()).argmax(1).tolist()
-            return sum(network.labels[a] == row.label for a, row in zip(answers, rows, strict=True)) / len(rows)
+        network = self.models.network(task)
+        if merged is None:
+            self.models.load_expert(network, task)
+        else:
+            self.models.load_merged(network, task, merged)
+        answers = classify(network, rows, 64, thread_count(None), Silent()).argmax(1).tolist()
+        return sum(network.labels[a] == row.label for a, row in zip(answers, rows, strict=True)) / len(rows)
 
 
 def one(bench: Bench, suite: Path, options: list[str]) -> dict[str, object]:

@@ -249,6 +249,29 @@ def _switching() -> str:
     return text + "\n" + source(name, result) + "\n"
 
 
+def serving_tables() -> str:
+    """An ``Experts`` call beside one forward pass of the merged model, by the size of the group."""
+    result = load("serving")
+    if result is None:
+        return "\nNothing measured yet: run `benchmarks/serving.py`.\n"
+    devices = result["devices"]
+    assert isinstance(devices, dict)
+    text = ""
+    for device, found in devices.items():
+        text += (
+            f"\nOn {'the CPU' if device == 'cpu' else 'CUDA'}, {found['threads']} threads, MiniLM and short texts of "
+            f"one task of text4; {found['held_mb']:.0f} MB held. Milliseconds of a call, and in brackets how many "
+            "forward passes of the merged model on the same texts that is:\n\n"
+        )
+        heads = ["inputs", "one forward pass", "identification", "answers, expert at hand", "answers, expert switched"]
+        text += row(heads) + "|---" * len(heads) + "|\n"
+        for entry in found["rows"]:
+            pass_ms = entry["forward_ms"]
+            cells = [f"{entry[k]:.1f} ({entry[k] / pass_ms:.2f})" for k in ("identify_ms", "same_ms", "switched_ms")]
+            text += row([str(entry["group"]), f"{pass_ms:.1f}", *cells])
+    return text + "\n" + source("serving", result)
+
+
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
     accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8")]

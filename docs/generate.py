@@ -1,4 +1,5 @@
-"""Write ``docs/cli.md`` and ``docs/methods.md`` from the code, and the README's tables from ``benchmarks/results/``.
+"""Write ``docs/cli.md``, ``methods.md`` and ``identification.md`` from the code and ``benchmarks/results/``, and tables
+elsewhere from those results.
 
 With ``--check``, only say whether they are stale.
 
@@ -33,13 +34,15 @@ _HEAD = """\
 | 0 | done |
 | 1 | failed, with one clear line and a hint |
 | 2 | wrong usage: options, names, `retex.toml` |
-| 3 | it worked, and a gate of the caller's was missed (`eval --fail-under`) |
+| 3 | it worked, and a gate of the caller's was missed (`eval --fail-under`, `recover --min-confidence`) |
 | 130 | interrupted |
 
 Results go to standard output; progress (bars on a terminal, plain lines elsewhere), notes, warnings and errors go to
 standard error. With `--json` standard output carries exactly one object: the report, or
 `{{"error", "hint", "code"}}`. A missed gate gives both in one object; `recover` of several tasks gives
-`{{"reports": [...]}}`. `-o -` streams the weights to standard output and the report to standard error.
+`{{"reports": [...]}}`; `identify` gives an object on a line of its own for every input, as soon as it is known, and
+after inputs that could not be used the failure as the last one. `-o -` streams the weights to standard output and the
+report to standard error.
 
 ## retex.toml
 
@@ -158,16 +161,20 @@ _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor"
 
 def pages() -> dict[str, str]:
     """Path relative to this folder to text, of every generated page."""
-    return {"cli.md": cli_page(), "methods.md": methods_page(), "../README.md": readme()}
+    from identify_tables import identification_page
+    from tables import readme_tables, serving_tables
+
+    pages = {"cli.md": cli_page(), "methods.md": methods_page(), "identification.md": identification_page()}
+    return pages | {
+        name: _measured(name, of()) for name, of in (("../README.md", readme_tables), ("serving.md", serving_tables))
+    }
 
 
-def readme() -> str:
-    """The README with its measured part written anew."""
-    from tables import readme_tables
-
-    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+def _measured(name: str, tables: str) -> str:
+    """A page written by hand, with its measured part anew."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
     head, rest = text.split(MEASURED[0])
-    return head + MEASURED[0] + readme_tables() + MEASURED[1] + rest.split(MEASURED[1])[1]
+    return head + MEASURED[0] + tables + MEASURED[1] + rest.split(MEASURED[1])[1]
 
 
 def methods_page() -> str:

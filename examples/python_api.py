@@ -1,4 +1,4 @@
-"""The whole job as function calls, and experts switched inside a loaded model, on the experts and data in a folder.
+"""The whole job as function calls, experts switched inside a loaded model, and mixed inputs answered by their experts.
 
     python python_api.py FOLDER
 
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Lines:
 
 
 def main(folder: Path) -> None:
-    """Merge, fit, build, recover, evaluate, switch."""
+    """Merge, fit, build, recover, evaluate, switch, answer."""
     experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
     inputs = {task: str(folder / f"data/{task}-inputs.jsonl") for task in experts}
     tests = {task: str(folder / f"data/{task}-test.jsonl") for task in experts}
@@ -54,6 +55,10 @@ def main(folder: Path) -> None:
         predictor.apply_(model, task, head=False)  # the encoder alone: this model has no place for a head
         print(f"switched to {task}: weights sum to {sum(value.sum().item() for value in model.parameters()):.6f}")
     predictor.apply_(model, None)
+
+    mixed = [json.loads(Path(file).read_text().splitlines()[0])["text"] for file in tests.values()]
+    for reply in retex.Experts.load(merged, offsets, signatures)([*mixed, ""]):  # each by its own task's expert
+        print(reply.error or f"{reply.task}: {reply.label} (the task is {100 * reply.probability:.0f} % sure)")
 
     try:
         retex.recover(merged, offsets, str(folder / "recovered" / "boats"), task="boats")

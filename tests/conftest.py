@@ -56,6 +56,10 @@ class Result:
         assert isinstance(found, dict)
         return found
 
+    @property
+    def lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
 
 class Retex(Protocol):
     def __call__(self, *arguments: str | Path) -> Result: ...

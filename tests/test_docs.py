@@ -37,7 +37,7 @@ def can_be_typed(line: str) -> None:
         COMMANDS[name].make_context(name, arguments)
 
 
-@pytest.mark.parametrize("name", ["cli.md", "methods.md"])
+@pytest.mark.parametrize("name", ["cli.md", "methods.md", "identification.md"])
 def test_a_generated_page_is_fresh(name: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name], "run `make docs`"

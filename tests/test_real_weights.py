@@ -53,7 +53,7 @@ def test_two_real_experts_come_back(suite: Path, retex: Retex, monkeypatch: pyte
     assert retex("recover", "--task", "election", "-o", "back/").code == 0
     model = AutoModelForSequenceClassification.from_pretrained("back")
     assert sorted(model.config.label2id) == ["HillaryClinton", "realDonaldTrump"]
-    identified = retex("identify", f"data/{TASKS[0]}-test.jsonl", "--json").json["inputs"]
+    identified = retex("identify", f"data/{TASKS[0]}-test.jsonl", "--json").lines
     assert len(identified) == TEST_ROWS
 
 

@@ -22,11 +22,11 @@ from data import REFERENCES, X
 from finetune import Family, expert
 
 SUITES = {
-    "text4": ("text", ("sms_spam", "movie", "newsgroups20", "election")),
-    "text8": ("text", None),
-    "vision6": ("vision", None),
+    "text4": ("text", ("sms_spam", "movie", "newsgroups20", "election"), 128),
+    "text8": ("text", None, 256),  # its siblings are hard to tell apart
+    "vision6": ("vision", None, 128),
 }
-"""Family of tasks, and which of them; None for all."""
+"""Family of tasks, which of them (None for all), and how many reference inputs of each the signatures take."""
 
 
 def _progress(name: str) -> tuple[float, Callable[[int, int, str], None]]:
@@ -100,14 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("--samples", type=int, default=128, help="reference inputs per task for the signatures")
+    parser.add_argument("--samples", type=int, help="reference inputs per task for the signatures")
     parser.add_argument("--budget", help="default: the suite's own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--steps", type=int, help="train for so many steps; floors do not apply")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    module, tasks = SUITES[arguments.suite]
+    module, tasks, samples = SUITES[arguments.suite]
     family = importlib.import_module(module).FAMILY
     if unknown := set(arguments.tasks or ()) - set(family.tasks):
         parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(family.tasks)}")
@@ -115,7 +115,7 @@ def main() -> None:
         family,
         arguments.tasks or tasks or tuple(family.tasks),
         arguments.workspace,
-        samples=arguments.samples,
+        samples=arguments.samples or samples,
         budget=arguments.budget or family.budget,
         seed=arguments.seed,
         steps=arguments.steps,

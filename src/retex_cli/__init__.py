@@ -7,7 +7,8 @@ paths or hub ids ``org/name[@revision]``; outputs are ``name.safetensors``, a fo
 ``model`` (``package.module:function``) builds the network where it is no transformers model.
 ``progress`` (see ``retex_cli.progress``) hears of every step. Failures are ``retex_cli.errors.RetexError``.
 
-``Predictor`` switches experts inside a model that is already loaded, without writing a file.
+``Predictor`` switches experts inside a model that is already loaded, without writing a file; ``Experts`` answers mixed
+inputs, each by the expert of the task that it is identified as.
 
 Importing this module imports nothing heavy: torch is loaded by the first call.
 """
@@ -23,6 +24,7 @@ from retex_cli.progress import Progress, Silent
 if TYPE_CHECKING:
     from retex_cli.commands.build_signatures import BuildSignaturesReport
     from retex_cli.commands.eval_report import EvalReport
+    from retex_cli.commands.experts import Experts
     from retex_cli.commands.fit_report import FitOffsetsReport
     from retex_cli.commands.identify import IdentifyReport
     from retex_cli.commands.init import InitReport
@@ -34,12 +36,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Experts",
     "GateMissed",
     "Predictor",
     "RetexError",
     "UsageError",
     "__version__",
     "build_signatures",
+    "change_signatures",
     "evaluate",
     "fit_offsets",
     "identify",
@@ -56,6 +60,10 @@ def __getattr__(name: str) -> object:
         from retex_cli.commands import predictor
 
         return predictor.Predictor
+    if name == "Experts":
+        from retex_cli.commands import experts
+
+        return experts.Experts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -236,6 +244,36 @@ def build_signatures(
     return command.run(command.plan(config), progress or Silent())
 
 
+def change_signatures(
+    merged: str,
+    signatures: str,
+    *,
+    add: Mapping[str, str] | None = None,
+    remove: Sequence[str] = (),
+    model: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> BuildSignaturesReport:
+    """Let tasks join ``signatures`` from their own inputs alone (``add``: task name to path), and leave it."""
+    from retex_cli.commands import change_signatures as command
+
+    config = command.ChangeSignaturesConfig(
+        merged=merged,
+        signatures=signatures,
+        add=add or {},
+        remove=tuple(remove),
+        model=model,
+        samples=samples,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+    )
+    return command.run(command.plan(config), progress or Silent())
+
+
 def recover(
     merged: str,
     offsets: str,
@@ -246,6 +284,7 @@ def recover(
     input: Sequence[str] = (),
     mix: Mapping[str, float] | None = None,
     soft: bool = False,
+    min_confidence: float | None = None,
     head: str | None = None,
     model: str | None = None,
     dtype: str | None = None,
@@ -257,7 +296,8 @@ def recover(
 ) -> RecoverReport:
     """Bring back one expert: by ``task``, by the task that ``input`` belongs to, or as a ``mix`` whose shares sum to 1.
 
-    ``soft`` with an identified task mixes experts by how well they fit; ``head`` names whose head a mix gets.
+    ``soft`` with an identified task mixes experts by how well they fit; ``head`` names whose head a mix gets. Raises
+    GateMissed where the task is identified with a probability under ``min_confidence``, or as unknown.
     """
     from retex_cli.commands import recover as command
 
@@ -270,6 +310,7 @@ def recover(
         input=tuple(input),
         mix=mix or {},
         soft=soft,
+        min_confidence=min_confidence,
         head=head,
         model=model,
         dtype=dtype,
@@ -291,6 +332,7 @@ def evaluate(
     base: str | None = None,
     model: str | None = None,
     output: str | None = None,
+    picture: str | None = None,
     logits: str | None = None,
     protocols: Sequence[str] = ("K", "E", "H"),
     fail_under: str | None = None,
@@ -301,7 +343,8 @@ def evaluate(
 ) -> EvalReport:
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
-    ``output`` keeps the report as JSON, ``logits`` every model's logits. Raises GateMissed, which carries the report,
+    ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
+    model's logits. Raises GateMissed, which carries the report,
     where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
@@ -315,6 +358,7 @@ def evaluate(
         base=base,
         model=model,
         output=output,
+        picture=picture,
         logits=logits,
         protocols=tuple(protocols),
         fail_under=fail_under,
@@ -330,16 +374,28 @@ def identify(
     signatures: str,
     inputs: Sequence[str],
     *,
+    batch: bool = False,
     model: str | None = None,
+    batch_size: int = 64,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> IdentifyReport:
-    """Tell which task each of ``inputs`` belongs to, and how sure that is."""
+    """Tell which task each of ``inputs`` (texts, files, folders) belongs to, and how sure that is.
+
+    With ``batch`` they share a task, and there is one answer. What cannot be used stands under ``bad`` in the report.
+    """
     from retex_cli.commands import identify as command
 
     config = command.IdentifyConfig(
-        merged=merged, signatures=signatures, inputs=tuple(inputs), model=model, device=device, threads=threads
+        merged=merged,
+        signatures=signatures,
+        inputs=tuple(inputs),
+        batch=batch,
+        model=model,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
     )
     return command.run(command.plan(config), progress or Silent())
 

@@ -178,8 +178,15 @@ SPELT = {"cars": "x", "dtd": "y"}
         ),
         ("recover --mix cars=1".split(), {"output": "recovered/mix"}),
         (
-            "recover --input a.jpg --input b.jpg --soft --model a:b".split(),
-            {"model": "a:b", "input": ("a.jpg", "b.jpg"), "soft": True, "output": "recovered/auto", "task": None},
+            "recover --input a.jpg --input b.jpg --soft --model a:b --min-confidence 0.9".split(),
+            {
+                "model": "a:b",
+                "input": ("a.jpg", "b.jpg"),
+                "soft": True,
+                "min_confidence": 0.9,
+                "output": "recovered/auto",
+                "task": None,
+            },
         ),
         ("recover --task auto --input a.jpg".split(), {"task": "auto", "output": "recovered/auto"}),
         (
@@ -207,11 +214,17 @@ SPELT = {"cars": "x", "dtd": "y"}
                 "output": "e.js",
             },
         ),
-        ("eval --test cars=t --expert cars=x --protocols E --base b".split(), {"protocols": ("E",), "base": "b"}),
+        (
+            "eval --test cars=t --expert cars=x --protocols E --base b --picture p.svg".split(),
+            {"protocols": ("E",), "base": "b", "picture": "p.svg"},
+        ),
+        ("eval --test cars=t --expert cars=x --protocol K,E".split(), {"protocols": ("K", "E")}),
         (
             "identify a b --merged m --signatures s --device cpu --threads 1 --model a:b".split(),
             {"model": "a:b", "inputs": ("a", "b"), "merged": "m", "signatures": "s", "device": "cpu", "threads": 1},
         ),
+        ("identify - --batch --batch-size 3".split(), {"inputs": ("-",), "batch": True, "batch_size": 3}),
+        ("identify x".split(), {"batch": False, "batch_size": 64}),
         ("inspect x.safetensors".split(), {"path": "x.safetensors"}),
         ("inspect".split(), {"path": "merged"}),
         (

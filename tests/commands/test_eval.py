@@ -40,6 +40,29 @@ def test_the_json_object_and_its_numbers(made: Path, retex: Retex) -> None:
     assert report["files"]["merged/"] >= Path("merged/model.safetensors").stat().st_size
 
 
+def test_tasks_and_answers_stand_apart_with_their_intervals(made: Path, retex: Retex) -> None:
+    result = retex("eval", "-o", "eval.json", "--picture", "confusion.svg", "--json")
+    assert result.code == 0, result.err
+    report = result.json
+    for task, other in (("cars", "dtd"), ("dtd", "cars")):
+        entry, counts = report["tasks"][task], report["confusion"]["counts"][task]
+        assert counts[task] == pytest.approx(48 * entry["identified"])
+        assert counts[other] == 48 - counts[task]
+        assert report["confusion"]["unknown"][task] == pytest.approx(48 * entry["unknown"])
+        assert entry["with_unknown"]["task"] <= entry["identified"]
+        assert entry["of_known"]["H"] == pytest.approx(entry["recovered"]["H"] / entry["recovered"]["K"])
+    for entry in (*report["tasks"].values(), report["mean"]):
+        for figure, (low, high) in entry["intervals"].items():
+            value = entry
+            for name in figure.split("."):
+                value = value[name]
+            assert low - 1e-9 <= value <= high + 1e-9, figure
+    assert Path("confusion.svg").read_text().count(" inputs</title>") == 6
+    shown = retex("eval").out
+    for words in ("mean, unknown is wrong", "taken for", "95 % intervals", "of protocol K"):
+        assert words in shown
+
+
 def test_wrong_identification_costs_under_e_and_h_and_not_under_k(made: Path, retex: Retex) -> None:
     """Test inputs of one task that read like the other's are sent to the other expert, whose labels are never right."""
     rows = [json.loads(line) for line in Path("data/dtd-test.jsonl").read_text().splitlines()]
@@ -117,6 +140,8 @@ def test_signatures_of_another_merged_checkpoint_are_refused(made: Path, retex: 
         (["--protocols", "K,Z"], ["Z"]),
         (["--protocols", "K", "--fail-under", "H=9"], ["protocol H is not run"]),
         (["--protocols", "E,H", "--fail-under", "worst=9"], ["protocol K is not run"]),
+        (["--picture", "a.pdf"], ["a.pdf", "SVG"]),
+        (["--picture", "a.svg", "--protocols", "K"], ["identifies none"]),
     ],
 )
 def test_wrong_usage(made: Path, retex: Retex, arguments: list[str], words: list[str]) -> None:

@@ -127,7 +127,7 @@ def test_an_expert_without_a_config_cannot_be_run(workspace: Path, retex: Retex)
     (workspace / "experts/cars/config.json").unlink()
     result = retex("merge", "--method", "regmean", "-o", "m.safetensors")
     assert result.code == 1
-    assert "expert 'cars' has no config.json" in result.err
+    assert "experts/cars: no config.json" in result.err
     assert not Path("m.safetensors").exists()
 
 

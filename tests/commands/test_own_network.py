@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import retex_cli
+
 if TYPE_CHECKING:
     from tests.conftest import Retex
 
@@ -135,7 +137,11 @@ def test_experts_are_merged_recovered_identified_and_scored(here: Path, retex: R
         assert entry["identified"] > 0.9
     result = retex("identify", here / "data/spots-test.safetensors", "-w", here, "--json")
     assert result.code == 0, result.err
-    assert sum(found["task"] == "spots" for found in result.json["inputs"]) > 43
+    assert sum(found["task"] == "spots" for found in result.lines) > 43
+    save_file({"pixel_values": torch.zeros(1, 3, 8, 16, dtype=torch.uint8)}, "small.safetensors")
+    result = retex("identify", "small.safetensors", "-w", here)
+    assert result.code == 1
+    assert "row 1: 'pixel_values' is [3, 8, 16], the reference inputs have [3, 16, 16]" in result.err
 
 
 def test_a_merge_measures_in_the_workspaces_own_network(here: Path, retex: Retex) -> None:
@@ -233,3 +239,25 @@ def test_refining_says_what_it_cannot_do(here: Path, retex: Retex) -> None:
     assert "--refine and --target" in refused.err
     refused = retex("fit-offsets", "-w", here, "--refine", "--lossless", "--overwrite")
     assert "--refine and --lossless" in refused.err
+
+
+def test_experts_answer_tensors_of_a_network_of_ones_own(here: Path, retex: Retex) -> None:
+    for command in ("merge", "fit-offsets", "build-signatures"):
+        result = retex(command, "-w", here)
+        assert result.code == 0, result.err
+    experts = retex_cli.Experts.load(
+        *(str(here / name) for name in ("merged", "offsets.safetensors", "signatures.safetensors")),
+        model="tiny_cnn:build",
+    )
+    images = {task: pictures(task, 24, seed=5) for task in SIDES}
+    given = [
+        {"pixel_values": image} for pair in zip(*(images[task][0] for task in SIDES), strict=True) for image in pair
+    ]
+    replies = experts([*given, {"pixel_values": torch.zeros(3, 8, 8)}, "a text"])
+    assert "'pixel_values' is [3, 8, 8], the reference inputs have [3, 16, 16]" in str(replies[-2].error)
+    assert "a text, and" in str(replies[-1].error)
+    for k, task in enumerate(SIDES):
+        mine = replies[k:-2:2]
+        assert sum(reply.task == task for reply in mine) > 20
+        right = [SIDES[task][i] for i in images[task][1].tolist()]
+        assert sum(reply.label == label for reply, label in zip(mine, right, strict=True)) > 19

@@ -252,3 +252,46 @@ def test_failures_are_json_objects_when_asked_for(made: Path, retex: Retex) -> N
     result = retex("recover", "--task", "card", "-o", "out.safetensors", "--json")
     assert result.json["code"] == result.code == 2
     assert "card" in str(result.json["error"])
+
+
+@pytest.mark.parametrize(
+    ("text", "gate", "code"),
+    [
+        ("the engine of a rapid car", "0.6", 0),
+        ("the engine of a rapid car", "1", 3),
+        ("car car car car car car car car", "0", 3),
+    ],
+)
+def test_a_decision_that_is_not_sure_enough_is_refused(
+    made: Path, retex: Retex, text: str, gate: str, code: int
+) -> None:
+    given = ("recover", "--input", text, "--min-confidence", gate, "-o", "out.safetensors")
+    result = retex(*given, "--json")
+    assert result.code == code, result.err
+    assert Path("out.safetensors").exists() == (code == 0)
+    assert result.json["identified"]["task"] == "cars"
+    if code:
+        assert (result.json["code"], result.json["tensors"]) == (3, 0)
+        assert "nothing is written" in result.json["error"]
+        assert "% sure" in retex(*given).err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--task", "cars", "--min-confidence", "0.9"), "--input FILE"),
+        (("--input", "a car", "--min-confidence", "95"), "no probability"),
+    ],
+)
+def test_a_confidence_that_cannot_be_meant(made: Path, retex: Retex, given: tuple[str, ...], words: str) -> None:
+    result = retex("recover", *given, "-o", "out.safetensors")
+    assert result.code == 2
+    assert words in result.err
+
+
+def test_one_bad_input_of_several_writes_no_expert(made: Path, retex: Retex) -> None:
+    Path("mixed.jsonl").write_text('{"text": "a car"}\n{"text": ""}\n')
+    result = retex("recover", "--input", "mixed.jsonl", "-o", "out.safetensors")
+    assert result.code == 1
+    assert "mixed.jsonl:2: the text is ''" in result.err
+    assert not Path("out.safetensors").exists()

@@ -33,7 +33,8 @@ def test_a_worked_example(answers: TaskAnswers) -> None:
     assert scores.agreement == {"merged": 0.5, "K": 0.75, "E": 0.75, "H": 0.75}
     assert scores.identified == 0.75
     assert scores.unknown == 0.25
-    assert scores.with_unknown == {"E": 0.25, "H": 0.25}
+    assert scores.with_unknown == {"task": 0.5, "E": 0.25, "H": 0.25}
+    assert scores.of_known() == {"K": 1, "E": 0.5, "H": 0.5}
     assert scores.normalised(scores.merged) == pytest.approx(1 / 3)
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from retex_cli.errors import RetexError
-from retex_cli.io.inputs import Example, read_rows
+from retex_cli.io.inputs import BadInput, Example, read_items, read_rows, read_stream
 
 
 def put(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -174,3 +176,32 @@ def test_model_inputs_that_cannot_be_meant(
     save_file(tensors, tmp_path / "x.safetensors", metadata={"labels": names} if names else None)
     with pytest.raises(RetexError, match=message):
         read_rows(tmp_path / "x.safetensors")
+
+
+def kinds(items: Iterable[Example | BadInput]) -> list[str]:
+    return [f"! {item.error.message}" if isinstance(item, BadInput) else item.text or str(item.image) for item in items]
+
+
+def test_a_bad_row_is_left_in_its_place_and_the_others_are_read(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text": ""}\n{"te\n{"text": "\xff"}\n{"text": "b", "label": 1}\n')
+    found = kinds(read_items(path))
+    assert [found[0], found[-1]] == ["a", "b"]
+    for text, words in zip(found[1:4], ("the text is ''", "not valid JSON", "not UTF-8 (byte 0xff)"), strict=True):
+        assert words in text
+    path = put(tmp_path, "a.csv", 'text,label\na,1\nb\n"c"x,1\nd,2\n')
+    found = kinds(read_items(path))
+    assert [found[0], found[-1]] == ["a", "d"]
+    assert "a.csv:3: 1 fields, the header has 2" in found[1]
+    assert "a.csv:4: not valid CSV" in found[2]
+
+
+def test_lines_that_arrive_are_texts_or_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(put(tmp_path, "x.png", b"").parent)
+    lines = b'\xef\xbb\xbfone { two\r\n\n{"text": "three"}\n{"image": "x.png"}\n{"image": "y.png"}\n{{no}}\nla\x0cst'
+    found = list(read_stream(io.BytesIO(lines), "stdin"))
+    assert [item.source for item in found] == [f"stdin:{n}" for n in range(1, 8)]
+    texts = kinds(found)
+    assert [texts[k] for k in (0, 2, 3, 6)] == ["one { two", "three", "x.png", "la\x0cst"]
+    for k, words in ((1, "the text is ''"), (4, "no such image: y.png"), (5, "not valid JSON")):
+        assert words in texts[k]
+    assert found[1].to_json() == {"source": "stdin:2", "error": "stdin:2: the text is ''", "hint": found[1].error.hint}

@@ -148,3 +148,13 @@ def test_logits_of_the_wrong_kind_are_refused(folder: Path) -> None:
     network.module.forward = lambda pixel_values: {"answer": pixel_values}
     with pytest.raises(RetexError, match=r"no logits \[inputs, classes\] but dict"):
         network.logits(network.inputs(examples()))
+
+
+def test_side_files_by_place_or_content_build_the_same_network_and_nothing_stays(folder: Path) -> None:
+    place = folder / "config.json"
+    for content in (place, place.read_bytes()):
+        network = Network.of({"config.json": content, "deep/more.txt": b"x"}, "cats", CPU, model="own_network:build")
+        assert (network.name, network.labels) == ("cats", ("cat", "dog", "eel"))
+    assert sorted(path.name for path in folder.glob("*.*")) == ["broken_network.py", "config.json", "own_network.py"]
+    with pytest.raises(RetexError, match=r"^cats: no config\.json beside the weights"):
+        Network.of({}, "cats", CPU, model="own_network:build")

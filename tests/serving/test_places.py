@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from retex_cli.errors import RetexError
-from retex_cli.serving.places import Places, Wanted, fill
+from retex_cli.serving.places import Places, Wanted, fill, lend
 
 
 class Tied(nn.Module):
@@ -119,3 +119,26 @@ def test_left_over_is_what_shares_no_memory_with_a_filled_place() -> None:
         "norm.running_mean",
         "norm.running_var",
     ]
+
+
+def test_lent_memory_is_seen_by_all_that_have_it_and_ties_hold() -> None:
+    one, other = Tied(), Tied()
+    kept = dict(one.named_parameters())
+    for model in (one, other):
+        places = Places(model)
+        (place,) = places.match([wanted("embed.weight", shape=(5, 3))])
+        memory = torch.zeros(5, 3) if model is one else one.embed.weight.data
+        lend(places.variable(place), memory)
+    (place,) = Places(one).match([wanted("embed.weight", shape=(5, 3))])
+    fill(place, torch.full((5, 3), 7.0))
+    assert all((weight == 7).all() for weight in (one.out.weight, other.embed.weight, other.out.weight))
+    assert one.embed.weight is kept["embed.weight"]
+    assert one.embed.weight.data_ptr() == other.out.weight.data_ptr()
+
+
+def test_memory_of_another_kind_is_not_taken() -> None:
+    model = Tied()
+    before = model.embed.weight.data_ptr()
+    lend(model.embed.weight, torch.zeros(5, 3, dtype=torch.bfloat16))
+    lend(model.embed.weight, torch.zeros(4, 3))
+    assert model.embed.weight.data_ptr() == before

@@ -22,11 +22,19 @@ def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> No
     assert fit_temperature(scores, owner) == pytest.approx(temperature, rel=0.06)
 
 
-def test_the_temperature_is_the_best_one() -> None:
+def test_inputs_are_as_sure_as_they_are_right() -> None:
     scores, owner = drawn(3, 200, 5.0)
-    best = fit_temperature(scores, owner)
-    least = losses(scores, owner, best).mean()
-    assert all(losses(scores, owner, best * factor).mean() > least for factor in (0.5, 0.98, 1.02, 2.0))
+    sure = torch.softmax(-scores / fit_temperature(scores, owner), 1).amax(1).mean().item()
+    assert sure == pytest.approx(((scores.argmin(1) == owner).sum().item() + 1) / 202, abs=1e-6)
+
+
+def test_a_far_task_does_not_make_near_ones_unsure() -> None:
+    """Two tasks apart by 10 and a third by 10,000: every input is right, and none is less sure for the third's sake."""
+    scores = torch.tensor([[0.0, 10.0, 1e4], [10.0, 0.0, 1e4], [1e4, 1e4, 0.0]]).double().repeat_interleave(50, 0)
+    owner = torch.arange(3).repeat_interleave(50)
+    chances = torch.softmax(-scores / fit_temperature(scores, owner), 1).gather(1, owner[:, None])
+    assert chances.min() > 0.98
+    assert losses(scores, owner, fit_temperature(scores, owner)).mean() < 0.01
 
 
 def test_never_surer_than_the_inputs_allow() -> None:

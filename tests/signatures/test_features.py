@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from retex_cli.errors import RetexError
-from retex_cli.signatures.features import Layout, check, check_layout, concatenate, layer_weights, unit_layers, vectors
+from retex_cli.signatures.features import (
+    Layout,
+    check,
+    check_layout,
+    concatenate,
+    layer_weights,
+    layer_widths,
+    unit_layers,
+    vectors,
+)
 
 
 def test_worked_example() -> None:
@@ -14,7 +23,7 @@ def test_worked_example() -> None:
     # layer 0 deviates from its mean (0.7, 0.1) by (0.1, 0.7) and back: mean square 0.25, so spread 0.5 and weight 2
     weights = layer_weights([units])
     assert weights[0] == pytest.approx(2.0)
-    rows = concatenate(units, Layout((1, 0), (3.0, 2.0), 2, 2))
+    rows = concatenate(units, Layout((1, 0), (3.0, 2.0), (2, 2), 2, 2))
     torch.testing.assert_close(rows[1], torch.tensor([0.0, 3.0, 1.6, -1.2], dtype=torch.float64))
 
 
@@ -34,14 +43,14 @@ def test_a_constant_layer_is_not_blown_up(clouds) -> None:
 
 def test_scoring_rows_are_the_fitted_rows_in_single_precision(clouds) -> None:
     features = clouds("a", 20)["a"]
-    layout = Layout((0, 2), (1.5, 7.0), 3, 12)
+    layout = Layout((0, 2), (1.5, 7.0), (12, 12), 3, 12)
     rows = vectors(features, layout)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.double(), concatenate(unit_layers(features), layout), rtol=1e-5, atol=1e-6)
 
 
 def test_a_zero_vector_stays_zero() -> None:
-    layout = Layout((0,), (5.0,), 1, 4)
+    layout = Layout((0,), (5.0,), (4,), 1, 4)
     assert torch.equal(vectors(torch.zeros(2, 1, 4), layout), torch.zeros(2, 4))
     assert torch.equal(unit_layers(torch.zeros(2, 1, 4)), torch.zeros(2, 1, 4, dtype=torch.float64))
 
@@ -66,4 +75,16 @@ def test_unusable_features_are_refused_with_their_place(features: torch.Tensor, 
 
 def test_another_encoders_shape_is_refused_with_both() -> None:
     with pytest.raises(RetexError, match="4 layers of width 8, the signatures have 3 of 12"):
-        check_layout(torch.zeros(2, 4, 8), Layout((0,), (1.0,), 3, 12), "the inputs")
+        check_layout(torch.zeros(2, 4, 8), Layout((0,), (1.0,), (12,), 3, 12), "the inputs")
+
+
+def test_padding_takes_no_room() -> None:
+    """The second layer is one narrower than the first: its last entry is zero in every input of every task."""
+    features = torch.rand(6, 2, 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    features[:, 1, 2] = 0
+    features[0, 1, 1] = 0  # once is not always
+    assert layer_widths([unit_layers(features[:3]), unit_layers(features[3:])]) == (3, 2)
+    layout = Layout((0, 1), (1.0, 1.0), (3, 2), 2, 3)
+    assert layout.size == 5
+    torch.testing.assert_close(vectors(features, layout).norm(dim=1), torch.full((6,), 2**0.5))
+    assert layer_widths([torch.zeros(4, 1, 3)]) == (1,)

@@ -336,12 +336,13 @@ def test_damaged_recipes_are_refused_with_the_field(references: dict[str, torch.
     for change, words in (
         ({"temperature": "warm"}, "temperature is 'warm'"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"layers": [9], "weights": [1.0]}, r"layers \[9\]"),
-        ({"layers": [0, 1], "weights": [1.0]}, "1 weights"),
+        ({"layers": [9], "weights": [1.0], "widths": [3]}, r"layers \[9\]"),
+        ({"layers": [0, 1], "weights": [1.0], "widths": [3, 3]}, "1 weights"),
         ({"score": "magic"}, "score is 'magic'"),
         ({"tasks": {}}, "tasks is"),
         ({"tasks": {"lost": {"recognised": 1.0}}}, "no tensor 'lost/mean'"),
-        ({"width": 7}, "expected"),
+        ({"width": 7}, "at most 7"),
+        ({"widths": [WIDTH, WIDTH, WIDTH, 5]}, "expected"),
     ):
         with pytest.raises(RetexError, match=words):
             Signatures.from_tensors(tensors, {**good, **change})

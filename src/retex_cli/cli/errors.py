@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from typer import Abort, TyperException
 
-from retex_cli.cli.output import note, show_json
+from retex_cli.cli.output import note, show_json_line
 from retex_cli.errors import RetexError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -62,7 +62,7 @@ def explain(error: BaseException, *, as_json: bool, debug: bool) -> int:
         summary = _one_line(f"{type(error).__name__}: {error}")
         failure = Failure(summary, "this is a bug in retex: please report it with the lines above", FAILED)
     if as_json:
-        show_json(failure.to_json())
+        show_json_line(failure.to_json())
     else:
         failure.say()
     return failure.code

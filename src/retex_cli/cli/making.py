@@ -314,6 +314,13 @@ def build_signatures(
         int | None, typer.Option("--samples", min=32, max=256, metavar="N", help="Inputs per task, 32 to 256.")
     ] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=1, metavar="N", help="Tokens per text.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", metavar="NAME[=PATH]", help="A task joins the file, from its own inputs alone. Repeat."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="NAME", help="A task leaves the file. Repeat.")
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="The signatures. [default: signatures.safetensors]"),
@@ -336,9 +343,32 @@ def build_signatures(
     \b
     retex build-signatures
     retex build-signatures --merged merged/ --inputs cars=cars.jsonl --inputs dtd=dtd.csv
+    retex build-signatures --add birds=birds.jsonl --remove dtd
     """
     how = How(dry_run, quiet, as_json)
     space = Workspace.load(workspace)
+    if add or remove:
+        from retex_cli.commands import change_signatures
+
+        fixed = {"--inputs": inputs, "--base": base, "--preset": preset, "--max-length": max_length}
+        if given := [name for name, value in fixed.items() if value]:
+            raise UsageError(
+                f"{given[0]} does not go with --add and --remove, which leave the file's own choices as they are",
+                "build the signatures again to change them",
+            )
+        change = change_signatures.ChangeSignaturesConfig(
+            merged=merged or space.path(MERGED),
+            signatures=output or space.path(SIGNATURES),
+            add=_joining(space, add),
+            remove=tuple(remove or ()),
+            model=model_of(space, model),
+            samples=samples or space.signatures.samples,
+            batch_size=batch_size or space.eval.batch_size or 32,
+            device=device,
+            threads=threads,
+        )
+        perform(change_signatures.plan, change_signatures.run, change, how)
+        return
     paths = space.with_inputs(pairs(inputs, "--inputs"))
     from retex_cli.commands import build_signatures as command
 
@@ -358,3 +388,17 @@ def build_signatures(
         overwrite=overwrite,
     )
     perform(command.plan, command.run, config, how)
+
+
+def _joining(space: Workspace, items: list[str] | None) -> dict[str, str]:
+    """``NAME=PATH``, or ``NAME`` alone for the inputs that the workspace has of it."""
+    known = space.field("inputs", {})
+    found = {}
+    for item in items or ():
+        if "=" in item:
+            found.update(pairs([item], "--add"))
+        elif item in known:
+            found[item] = known[item]
+        else:
+            raise UsageError(f"--add {item}: no inputs are named for it", f"--add {item}=FILE")
+    return found

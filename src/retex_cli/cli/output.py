@@ -40,6 +40,12 @@ def show_json(value: Mapping[str, object]) -> None:
     print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def show_json_line(value: Mapping[str, object], stream: TextIO | None = None) -> None:
+    """An object on one line: failures, and each answer where there are many."""
+    stream = sys.stdout if stream is None else stream
+    print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False), file=stream)
+
+
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -173,14 +179,17 @@ class BarProgress:
 
 
 @contextmanager
-def watch(*, quiet: bool) -> Iterator[Progress]:
-    """Progress for one run on standard error, and library warnings through the same door."""
+def watch(*, quiet: bool, bars: bool = True) -> Iterator[Progress]:
+    """Progress for one run on standard error, and library warnings through the same door.
+
+    Without ``bars`` it is plain lines on a terminal, too: results are written there meanwhile.
+    """
     if quiet:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield Silent()
         return
-    shown = BarProgress(sys.stderr) if sys.stderr.isatty() else PlainProgress(sys.stderr)
+    shown = BarProgress(sys.stderr) if bars and sys.stderr.isatty() else PlainProgress(sys.stderr)
     finished = False
     try:
         with _warnings_as_notes(shown):

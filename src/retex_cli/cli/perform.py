@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import typer
 
 from retex_cli.cli.errors import describe
-from retex_cli.cli.output import How, watch
-from retex_cli.errors import GateMissed
+from retex_cli.cli.output import How, note, show_json_line, watch
+from retex_cli.errors import GateMissed, RetexError
 from retex_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from retex_cli.commands.report import Json, Report, Table
+    from retex_cli.commands.report import Answer, Json, Report, Table
 
 
 class Plan(Protocol):
@@ -55,6 +56,36 @@ def perform_all(
             failure.say()
         raise typer.Exit(failure.code) from None
     how.show(reports[0] if len(reports) == 1 else Several(tuple(reports)))
+
+
+def perform_lines(
+    plan: Callable[[ConfigT], PlanT],
+    stream: Callable[[PlanT, Progress], Iterator[Sequence[Answer]]],
+    config: ConfigT,
+    how: How,
+) -> None:
+    """Plan, and show answers line by line as they come: on standard output, or on standard error why there is none.
+
+    RetexError at the end where some inputs had none, so that the exit status says it.
+    """
+    planned = plan(config)
+    if how.dry_run:
+        how.show(planned.report())
+        return
+    out, total, bad = sys.stdout, 0, 0
+    with how.guard(), watch(quiet=how.quiet, bars=not out.isatty()) as progress:
+        for answers in stream(planned, progress):
+            for answer in answers:
+                total, bad = total + 1, bad + answer.bad
+                if how.as_json:
+                    show_json_line(answer.to_json(), out)
+                elif answer.bad:
+                    note(answer.line())
+                else:
+                    print(answer.line(), file=out)
+            out.flush()
+    if bad:
+        raise RetexError(f"{bad} of {total} inputs could not be used", "each is named above; the others are answered")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import typer
 
 from retex_cli.cli import options as shared
 from retex_cli.cli.output import How, note
-from retex_cli.cli.perform import perform, perform_all
+from retex_cli.cli.perform import perform, perform_all, perform_lines
 from retex_cli.cli.values import model_of, names, pairs, shares, size
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, PROTOCOLS, RECOVERED, SIGNATURES, Workspace
@@ -27,6 +27,10 @@ def recover(
         str | None, typer.Option("--mix", metavar="NAME=SHARE,...", help="Interpolate experts; shares sum to 1.")
     ] = None,
     soft: Annotated[bool, typer.Option("--soft", help="With auto: mix experts by how well they fit.")] = False,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option("--min-confidence", metavar="P", help="With auto: exit 3 if it is less sure (0.95) or unknown."),
+    ] = None,
     head: Annotated[
         str | None, typer.Option("--head", metavar="NAME", help="Whose head a mix gets. [default: the largest share's]")
     ] = None,
@@ -53,12 +57,13 @@ def recover(
 ) -> None:
     """Bring an expert back.
 
-    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified. In a workspace,
+    Needs the merged checkpoint and the offsets, and the signatures where the task is to be identified: then it says
+    what it decided and how sure it was, and mixes experts where the inputs are like none of the tasks. In a workspace,
     with nothing else said, brings back every task's expert.
 
     \b
     retex recover --task cars -o cars.safetensors
-    retex recover --input photo.jpg -o expert/
+    retex recover --input photo.jpg -o expert/ --min-confidence 0.95
     retex recover --mix cars=0.7,dtd=0.3 -o mixed/
     """
     how = How(dry_run, quiet, as_json, streams=output == "-")
@@ -79,6 +84,7 @@ def recover(
             input=tuple(inputs or ()),
             mix=parts,
             soft=soft,
+            min_confidence=min_confidence,
             head=head,
             model=function,
             dtype=dtype,
@@ -117,7 +123,10 @@ def evaluate(
     protocols: Annotated[
         str | None,
         typer.Option(
-            "--protocols", metavar="K,E,H", help="Task known; encoder identified; encoder and head identified."
+            "--protocols",
+            "--protocol",
+            metavar="K,E,H",
+            help="Task known; encoder identified; encoder and head identified.",
         ),
     ] = None,
     fail_under: Annotated[
@@ -128,6 +137,9 @@ def evaluate(
     ] = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON object in this file, too.")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Draw which tasks are taken for which: an SVG file.")
     ] = None,
     logits: Annotated[
         str | None, typer.Option("--logits", metavar="FILE", help="Keep every model's logits in this safetensors file.")
@@ -145,11 +157,13 @@ def evaluate(
 ) -> None:
     """Score what came back.
 
-    Experts, merged and recovered models side by side on every task's labelled test data.
+    Experts, merged and recovered models side by side on every task's labelled test data. How many answers are right and
+    how many tasks are found stand apart, each with its 95 % interval.
 
     \b
     retex eval --fail-under 99
     retex eval --json > eval.json
+    retex eval --protocol K,E,H --picture confusion.svg
     """
     how = How(dry_run, quiet, as_json, answer=True)
     space = Workspace.load(workspace)
@@ -167,6 +181,7 @@ def evaluate(
         base=base or space.base,
         model=model_of(space, model),
         output=output,
+        picture=picture,
         logits=logits,
         protocols=names(protocols) or space.eval.protocols or _possible(signatures),
         fail_under=fail_under,
@@ -186,25 +201,39 @@ def _possible(signatures: str | None) -> tuple[str, ...]:
 
 
 def identify(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="A text, an image, or a file of inputs.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT", help="A text, an image, a folder of images, a file of inputs, or - for lines."),
+    ],
+    batch: Annotated[
+        bool, typer.Option("--batch", help="The inputs share a task: one answer for all of them.")
+    ] = False,
     merged: shared.Merged = None,
     signatures: shared.Signatures = None,
     model: shared.Model = None,
+    batch_size: shared.BatchSize = None,
     device: shared.Device = "auto",
     threads: shared.Threads = None,
     workspace: shared.Place = None,
     dry_run: shared.DryRun = False,
     quiet: shared.Quiet = False,
-    as_json: shared.Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON Lines: an object for every input, failures included.")
+    ] = False,
     debug: shared.Debug = False,
 ) -> None:
     """Tell which task an input belongs to.
 
-    Says how sure that is, and when the input is like none of the tasks.
+    A line for every input, in order: the task, or "unknown" where it is like none of them; the probability, calibrated
+    on left-out reference inputs; the margin to the second best; the input. Lines of standard input are texts, or JSON
+    objects where they begin with {. Inputs that cannot be used are named on standard error, the others go on, and the
+    exit status is 1.
 
     \b
-    retex identify photo.jpg
+    retex identify photo.jpg "a text of some words"
     retex identify questions.jsonl --json
+    retex identify --batch unknown-photos/
+    cut -f 3 table.tsv | retex identify - | cut -f 1 | sort | uniq -c
     """
     how = How(dry_run, quiet, as_json, answer=True)
     space = Workspace.load(workspace)
@@ -214,8 +243,10 @@ def identify(
         merged=merged or space.path(MERGED),
         signatures=signatures or space.path(SIGNATURES),
         inputs=tuple(inputs),
+        batch=batch,
         model=model_of(space, model),
+        batch_size=batch_size or space.eval.batch_size or 64,
         device=device,
         threads=threads,
     )
-    perform(command.plan, command.run, config, how)
+    perform_lines(command.plan, command.stream, config, how)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,28 +93,27 @@ class Judge:
         models = ExpertModels(experts, {fit.task: fit.alignment for fit in fits}, device, model)
         return cls(target, models, held, merged, batch_size, threads)
 
-    @contextmanager
-    def scorer(self, fit: TaskFit) -> Iterator[Callable[[bytes], float]]:
+    def scorer(self, fit: TaskFit) -> Callable[[bytes], float]:
         """A function from a task's coded offsets to the share of its inputs that get the expert's answer.
 
         Holds one network and one set of weights. RetexError where the expert has no config to build a network from.
         """
         rows, layout = self.inputs[fit.task].rows, layout_of(self.merged)
-        with self.models.network(fit.task) as network:
-            self.models.load_expert(network, fit.task)
-            expected = classify(network, rows, self.batch_size, self.threads, Silent()).argmax(1)
+        network = self.models.network(fit.task)
+        self.models.load_expert(network, fit.task)
+        expected = classify(network, rows, self.batch_size, self.threads, Silent()).argmax(1)
 
-            def score(data: bytes) -> float:
-                predictor = Predictor({fit.task: decode(data, layout)})
-                recovered = {}
-                for name, theirs in fit.alignment.shared.items():
-                    value = predictor.add_to(name, self.merged.read(name), {fit.task: 1.0}, torch.device("cpu"))
-                    recovered[name] = value.to(fit.expert.tensors[theirs].dtype)
-                self.models.load_merged(network, fit.task, recovered)
-                answers = classify(network, rows, self.batch_size, self.threads, Silent()).argmax(1)
-                return float((answers == expected).double().mean())
+        def score(data: bytes) -> float:
+            predictor = Predictor({fit.task: decode(data, layout)})
+            recovered = {}
+            for name, theirs in fit.alignment.shared.items():
+                value = predictor.add_to(name, self.merged.read(name), {fit.task: 1.0}, torch.device("cpu"))
+                recovered[name] = value.to(fit.expert.tensors[theirs].dtype)
+            self.models.load_merged(network, fit.task, recovered)
+            answers = classify(network, rows, self.batch_size, self.threads, Silent()).argmax(1)
+            return float((answers == expected).double().mean())
 
-            yield score
+        return score
 
 
 def reach(fit: TaskFit, fitter: OffsetFitter, judge: Judge) -> Found:
@@ -128,8 +126,7 @@ def reach(fit: TaskFit, fitter: OffsetFitter, judge: Judge) -> Found:
         fitter.budget = budget
         return fitter.finish()
 
-    with judge.scorer(fit) as score:
-        found = smallest(code, score, judge.target, fitter.least(), fit.budget)
+    found = smallest(code, judge.scorer(fit), judge.target, fitter.least(), fit.budget)
     if found.score < judge.target:
         achieved = Agreement(found.score, len(judge.inputs[fit.task].rows))
         raise RetexError(

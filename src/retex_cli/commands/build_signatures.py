@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import retex_cli
-from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of
+from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of, shapes_of
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.artefact import check_artefact, write_artefact
@@ -19,7 +19,7 @@ from retex_cli.io.provenance import checkpoint_fingerprint
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import one_thread_each, thread_count
 from retex_cli.progress import Progress
-from retex_cli.signatures import PRESETS, fit
+from retex_cli.signatures import PRESETS, Signatures, fit
 
 LEAST, MOST = 32, 256
 
@@ -100,18 +100,24 @@ def plan(config: BuildSignaturesConfig) -> BuildSignaturesPlan:
         raise UsageError(f"unknown preset {config.preset!r}", f"one of {', '.join(PRESETS)}")
     if config.preset == "sim" and not config.base:
         raise UsageError("the preset sim reads features of the pre-trained base", "give --base REF")
-    if config.samples is not None and not LEAST <= config.samples <= MOST:
-        raise UsageError(f"--samples {config.samples}: signatures take {LEAST} to {MOST} inputs a task")
+    check_samples(config.samples)
     if not config.inputs:
         raise UsageError("no inputs to build signatures from", "give --inputs NAME=FILE, or inputs in retex.toml")
     encoder = open_checkpoint(config.base if config.preset == "sim" and config.base else config.merged)
-    inputs = {task: _take(task, config.inputs[task], config.samples) for task in sorted(config.inputs)}
+    inputs = {task: take(task, config.inputs[task], config.samples) for task in sorted(config.inputs)}
     files = [*encoder.files, *map(Path, config.inputs.values())]
     check_artefact(config.output, overwrite=config.overwrite, inputs=files)
     return BuildSignaturesPlan(config, encoder, inputs)
 
 
-def _take(task: str, path: str, samples: int | None) -> tuple[Example, ...]:
+def check_samples(samples: int | None) -> None:
+    """UsageError for a number of inputs that signatures do not take."""
+    if samples is not None and not LEAST <= samples <= MOST:
+        raise UsageError(f"--samples {samples}: signatures take {LEAST} to {MOST} inputs a task")
+
+
+def take(task: str, path: str, samples: int | None) -> tuple[Example, ...]:
+    """The first ``samples`` inputs of a file, or up to ``MOST``. RetexError where there are fewer, or not ``LEAST``."""
     rows = read_rows(Path(path))
     wanted = samples or min(len(rows), MOST)
     if len(rows) < max(wanted, LEAST):
@@ -135,13 +141,13 @@ def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
     with one_thread_each():
         signatures = fit(features, preset=config.preset)
     progress.advance()
-    recipe = signatures.to_metadata()
     header = {
         "merged": config.preset != "sim",
         "reference": plan.encoder.reference,
         "revision": plan.encoder.revision,
         "fingerprint": checkpoint_fingerprint(plan.encoder),
         "max_length": encoder.max_length,
+        "inputs": shapes_of([example for examples in plan.inputs.values() for example in examples]),
         "pooling": "mean over positions of every layer's output",
     }
     made = {
@@ -149,24 +155,30 @@ def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
         "retex": retex_cli.__version__,
         "preset": config.preset,
         "encoder": {file.name: sha256_file(file) for file in plan.encoder.files},
-        "inputs": {
-            task: {"file": Path(path).name, "sha256": sha256_file(Path(path)) if Path(path).is_file() else None}
-            for task, path in sorted(config.inputs.items())
-        },
+        "inputs": {task: source_of(path) for task, path in sorted(config.inputs.items())},
     }
+    return write_signatures(config.output, signatures, plan.encoder.reference, header, made, overwrite=config.overwrite)
+
+
+def source_of(path: str) -> dict[str, object]:
+    """What the recipe says of a file of reference inputs: its name and SHA-256, None for a folder."""
+    return {"file": Path(path).name, "sha256": sha256_file(Path(path)) if Path(path).is_file() else None}
+
+
+def write_signatures(
+    output: str, signatures: Signatures, encoder: str, header: Mapping[str, object], made: Mapping[str, object], *,
+    overwrite: bool,
+) -> BuildSignaturesReport:  # fmt: skip
+    """Write the file with its ``features`` header and ``recipe``; ``encoder`` is what the report calls the network."""
     tensors = signatures.to_tensors()
     metadata = {
         "features": json.dumps(header),
-        "signatures": json.dumps(recipe, sort_keys=True),
+        "signatures": json.dumps(signatures.to_metadata(), sort_keys=True),
         "recipe": json.dumps(made, sort_keys=True),
     }
-    size = write_artefact(config.output, tensors, metadata, format=FORMAT, version=VERSION, overwrite=config.overwrite)
+    size = write_artefact(output, tensors, metadata, format=FORMAT, version=VERSION, overwrite=overwrite)
     rows = {
-        task: {
-            "inputs": len(plan.inputs[task]),
-            "identified": signatures.recognised[task],
-            "bytes": sum(t.nbytes for name, t in tensors.items() if name.split("/")[0] == task),
-        }
-        for task in plan.inputs
+        task: {"inputs": part.count, "identified": signatures.recognised[task], "bytes": part.nbytes}
+        for task, part in signatures.stored.items()
     }
-    return BuildSignaturesReport(config.output, plan.encoder.reference, signatures.describe(), rows, size)
+    return BuildSignaturesReport(output, encoder, signatures.describe(), rows, size)

@@ -7,9 +7,7 @@ builds it; the experts themselves are opened only to be compared with.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from retex_cli.commands.offsets_file import OffsetsFile
 from retex_cli.commands.recover import tensors_of
 from retex_cli.errors import GateMissed, RetexError, UsageError
 from retex_cli.evaluation.gates import check_gates, missed_gates, parse_gates
-from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, mean_scores, score
+from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, mean_scores
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_digests
@@ -42,6 +40,7 @@ NO_OFFSETS = ""
 class EvalConfig:
     """``tests``: task -> labelled file. ``output``: where the JSON goes besides the report. ``logits``: a safetensors
     file for every expert's, the merged and every recovered expert's (protocol K) logits, in the order of the tests.
+    ``picture``: an SVG file for the confusion of tasks.
     ``fail_under``: see ``evaluation.gates``. ``base`` is needed only where an expert is a LoRA adapter.
     ``model``: see ``models.network.Network``."""
 
@@ -55,6 +54,7 @@ class EvalConfig:
     output: str | None = None
     logits: str | None = None
     protocols: tuple[str, ...] = PROTOCOLS
+    picture: str | None = None
     fail_under: str | None = None
     batch_size: int = 64
     device: str = "auto"
@@ -84,6 +84,12 @@ def plan(config: EvalConfig) -> EvalPlan:
     check_gates(gates, config.protocols)
     if set(config.protocols) - {"K"} and not config.signatures:
         raise UsageError("protocols E and H need a signature file", "give --signatures FILE, or --protocols K")
+    if config.picture and not config.picture.endswith(".svg"):
+        raise UsageError(f"--picture {config.picture}: the picture is an SVG file", "give a name that ends in .svg")
+    if config.picture and set(config.protocols) == {"K"}:
+        raise UsageError(
+            "--picture shows which tasks are taken for which, and protocol K identifies none", "add E or H"
+        )
     if not config.tests:
         raise UsageError("no test data to evaluate on", "give --test NAME=FILE, or test in retex.toml")
     file = OffsetsFile(config.offsets, open_checkpoint(config.merged))
@@ -168,18 +174,16 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
         )
         _check_tasks(plan, identifier)
     everyone = sorted({*tasks, *(identifier.tasks if identifier else ())})
-    with ExitStack() as stack:
-        bench = _Bench(plan, plan.file.predictor(everyone), progress)
-        for task in everyone:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for name, content in plan.file.side_files(task).items():
-                (folder / name).write_bytes(content)
-            bench.models[task] = Network(folder, device, model=config.model)
-        logits = {task: _known(bench, task) for task in tasks}
-        identified = _identify(bench, identifier) if identifier else {}
-        answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
-    report = EvalReport(
-        scores=tuple(score(given) for given in answers),
+    bench = _Bench(plan, plan.file.predictor(everyone), progress)
+    for task in everyone:
+        name = f"{config.offsets}: task {task!r}"
+        bench.models[task] = Network.of(plan.file.side_files(task), name, device, model=config.model)
+    logits = {task: _known(bench, task) for task in tasks}
+    identified = _identify(bench, identifier) if identifier else {}
+    answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
+    report = EvalReport.of(
+        answers,
+        identifier.tasks if identifier else (),
         offset_bytes={task: plan.file.task(task).offset_bytes for task in tasks},
         expert_bytes={task: plan.file.task(task).expert_bytes for task in tasks},
         files=_files(config),
@@ -205,12 +209,7 @@ class EvalGateMissed(GateMissed):
 
 
 def _check_tasks(plan: EvalPlan, identifier: Identifier) -> None:
-    lost = [task for task in identifier.tasks if task not in plan.file.tasks]
-    if lost:
-        raise RetexError(
-            f"{plan.config.signatures}: can identify task {lost[0]!r}, which {plan.config.offsets} does not have",
-            "build both files from the same tasks",
-        )
+    plan.file.check_covers(identifier.tasks, plan.config.signatures or "")
     unseen = [task for task in plan.tests if task not in identifier.tasks]
     if unseen:
         raise RetexError(
@@ -299,6 +298,8 @@ def _files(config: EvalConfig) -> dict[str, int]:
 def _write(config: EvalConfig, report: EvalReport, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
     if config.output:
         Path(config.output).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if config.picture and report.confusion:
+        Path(config.picture).write_text(report.confusion.svg(), encoding="utf-8")
     if config.logits:
         from safetensors.torch import save_file
 

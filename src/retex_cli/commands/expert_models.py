@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,21 +71,10 @@ class ExpertModels:
     device: torch.device
     model: str | None
 
-    @contextmanager
-    def network(self, task: str) -> Iterator[Network]:
+    def network(self, task: str) -> Network:
         """The network of a task's expert, its weights yet to come. RetexError where the expert has no config."""
         expert = self.experts[task]
-        files = expert.side_files()
-        if "config.json" not in files:
-            raise RetexError(
-                f"{expert.reference}: expert {task!r} has no config.json, so there is no network to run inputs through",
-                "give the expert as a folder, or a method that needs no inputs",
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            for name, path in files.items():
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(folder) / name).symlink_to(path.resolve())
-            yield Network(Path(folder), self.device, model=self.model)
+        return Network.of(expert.side_files(), expert.reference, self.device, model=self.model)
 
     def load_expert(self, network: Network, task: str) -> None:
         """The expert's own weights."""

@@ -154,10 +154,10 @@ class _Reestimated:
     def __call__(self, merged: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         task = next(iter(self.models.experts))
         theirs = self.models.alignments[task].shared
-        with self.models.network(task) as network:
-            self.models.load_merged(network, task, merged)
-            batches = [network.inputs(batch) for batch in _mixed(self.plan.data, self.plan.config.batch_size)]
-            measured = measure_batchnorm(network, batches, self.progress)
+        network = self.models.network(task)
+        self.models.load_merged(network, task, merged)
+        batches = [network.inputs(batch) for batch in _mixed(self.plan.data, self.plan.config.batch_size)]
+        measured = measure_batchnorm(network, batches, self.progress)
         names = [name for name in merged if is_running_statistic(name)]
         strange = [name for name in names if theirs.get(name) not in measured]
         if strange:

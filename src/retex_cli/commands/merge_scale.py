@@ -99,8 +99,8 @@ class _Search:
         self.progress.start(f"alpha {min(alphas):g} to {max(alphas):g}", len(alphas) * len(self.models.experts))
         per_task = []
         for task in self.models.experts:
-            with self.models.network(task) as network:
-                per_task.append(self._task_scores(network, task, alphas))
+            network = self.models.network(task)
+            per_task.append(self._task_scores(network, task, alphas))
         count = len(per_task)
         return {
             alpha: (sum(s[k][0] for s in per_task) / count, sum(s[k][1] for s in per_task) / count)

@@ -38,15 +38,15 @@ def measure(
     files: dict[str, Checkpoint] = {}
     for task in models.experts:
         path = folder / f"{task}.safetensors"
-        with models.network(task) as network:
-            models.load_expert(network, task)
-            wanted = {models.alignments[task].shared[s.view.name] for s in _merges(steps) if task in s.view.tasks}
-            examples = inputs[task].measured
-            if method.needs == "fisher":
-                found = fisher_diagonal(network, examples, wanted, threads, progress)
-            else:
-                names = wanted & set(gram_layers(network.module))
-                found = dict(input_grams(network, examples, names, batch_size, threads, progress))
+        network = models.network(task)
+        models.load_expert(network, task)
+        wanted = {models.alignments[task].shared[s.view.name] for s in _merges(steps) if task in s.view.tasks}
+        examples = inputs[task].measured
+        if method.needs == "fisher":
+            found = fisher_diagonal(network, examples, wanted, threads, progress)
+        else:
+            names = wanted & set(gram_layers(network.module))
+            found = dict(input_grams(network, examples, names, batch_size, threads, progress))
         write_artefact(path, found, {}, format=FORMAT, version=VERSION)
         del found
         files[task] = stack.enter_context(open_artefact(path, format=FORMAT, versions={VERSION}))

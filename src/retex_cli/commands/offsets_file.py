@@ -208,6 +208,15 @@ class OffsetsFile:
             raise checks.damaged(self.path, name, self._header.damaged[name])
         return task_record(self.path, self.tasks, name)
 
+    def check_covers(self, tasks: Iterable[str], signatures: str) -> None:
+        """RetexError where the ``signatures`` file can identify a task that is not here."""
+        lost = [task for task in tasks if task not in self.tasks]
+        if lost:
+            raise RetexError(
+                f"{signatures}: can identify task {lost[0]!r}, which {self.path} does not have",
+                "build both files from the same tasks",
+            )
+
     def predictor(self, tasks: Iterable[str]) -> Predictor:
         """Decoded offsets of these tasks; see ``factors``."""
         return Predictor({task: self.factors(task) for task in tasks})

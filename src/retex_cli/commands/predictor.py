@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -21,7 +21,7 @@ from retex_cli.offsets import predict
 from retex_cli.offsets.stream import Factors
 from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress, Silent
-from retex_cli.serving.places import Places, Shape, Wanted, fill
+from retex_cli.serving.places import Places, Shape, Wanted, fill, lend
 
 Expert = str | Mapping[str, float] | None
 """A task, shares of several tasks that sum to one, or None for the merged weights themselves."""
@@ -122,6 +122,34 @@ class Predictor:
 
             for _ in map(put, jobs) if self._device.type != "cpu" else ordered_map(put, jobs, self._threads):
                 pass
+
+    def shared(self, model: torch.nn.Module, task: str | None) -> dict[str, Tensor]:
+        """Merged name -> the parameter or buffer of ``model`` that holds an expert's part of it, of the merged shape.
+
+        None for ``task``: a model of the merged checkpoint's own class. RetexError as for ``apply_``.
+        """
+        parts = [part for part in self._parts(task or "", whole=False) if part.merged is not None]
+        places = Places(model)
+        found = places.match([self._wanted(part, whole=False) for part in parts])
+        return {
+            part.merged: places.variable(place)
+            for part, place in zip(parts, found, strict=True)
+            if place is not None and part.merged and place.shape == self._weights[part.merged].shape
+        }
+
+    def lend_(self, model: torch.nn.Module) -> None:
+        """Let ``model``, of the merged checkpoint's class and with its weights, use those that are kept here instead of
+        a copy, where they are of the same type. It must only read them."""
+        for name, place in self.shared(model, None).items():
+            lend(place, self._weights[name])
+
+    def check_covers(self, tasks: Iterable[str], signatures: str) -> None:
+        """RetexError where the file ``signatures`` can identify a task without offsets."""
+        self._file.check_covers(tasks, signatures)
+
+    def side_files(self, task: str) -> dict[str, bytes]:
+        """Config, tokenizer and other files of a task's expert by name."""
+        return self._file.side_files(task)
 
     def close(self) -> None:
         """Give the offsets file back; what was switched stays as it is."""

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.identifier import Identification, Identifier
+from retex_cli.commands.identifier import Identification, Identifier, read_inputs
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.report import Json, Table
-from retex_cli.errors import RetexError, UsageError
+from retex_cli.errors import GateMissed, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
+from retex_cli.io.inputs import BadInput
 from retex_cli.io.output import Output
 from retex_cli.io.provenance import TensorHash, checkpoint_digests, fingerprint, tensor_digest
 from retex_cli.io.writer import TensorSpec, Writer, open_output
@@ -36,8 +37,9 @@ class RecoverConfig:
     """Exactly one of ``task``, ``input`` (or task "auto" with inputs) and ``mix`` says which expert is meant.
 
     ``mix``: task -> weight, summing to one. ``head``: whose task tensors a mix gets. ``soft``: with identified inputs,
-    mix experts by how well they fit instead of taking the nearest. ``model`` (see ``models.network.Network``) builds
-    the encoder that identifies; nothing else here runs a network.
+    mix experts by how well they fit instead of taking the nearest. ``min_confidence``: a decision whose calibrated
+    probability is lower, or that is "unknown", is refused. ``model`` (see ``models.network.Network``) builds the
+    encoder that identifies; nothing else here runs a network.
     """
 
     merged: str
@@ -48,6 +50,7 @@ class RecoverConfig:
     input: tuple[str, ...] = ()
     mix: Mapping[str, float] | None = None
     soft: bool = False
+    min_confidence: float | None = None
     head: str | None = None
     model: str | None = None
     dtype: str | None = None
@@ -113,6 +116,8 @@ class RecoverReport:
 
     def lines(self) -> list[str]:
         lines = [self.identified.sentence()] if self.identified else []
+        if not self.head:
+            return [*lines, f"plan: the expert of the task that is identified, to {self.output}"]
         if not self.written:
             return [*lines, f"plan: {self.tensors} tensors, {self.nbytes:,} bytes to {self.output}"]
         what = " + ".join(f"{weight:g} {task}" if weight != 1 else task for task, weight in self.embedding.items())
@@ -156,8 +161,20 @@ def _check_request(config: RecoverConfig) -> None:
         raise UsageError("--input is for identifying the task, and it is already given", "leave one of them out")
     if config.soft and not auto:
         raise UsageError("--soft mixes identified experts", "give --input FILE with it")
+    if config.min_confidence is not None and not auto:
+        raise UsageError("--min-confidence is about identified inputs", "give --input FILE with it")
+    if config.min_confidence is not None and not 0 <= config.min_confidence <= 1:
+        raise UsageError(f"--min-confidence {config.min_confidence:g} is no probability", "for example 0.95")
     if config.mix:
         check_shares(config.mix)
+
+
+class Unsure(GateMissed):
+    """The inputs were identified, and less surely than the caller wants; ``report`` says as what."""
+
+    def __init__(self, message: str, report: RecoverReport) -> None:
+        super().__init__(message, "give more inputs of the task, or name it: --task NAME")
+        self.report = report
 
 
 def check_shares(mix: Mapping[str, float]) -> None:
@@ -242,20 +259,28 @@ def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, Re
     if config.signatures is None:
         raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
     identifier = Identifier.open(config.signatures, config.merged, config.device, progress, model=config.model)
-    identified = identifier.identify_batch(config.input, progress)
+    items = list(read_inputs(config.input))
+    progress.start("identifying", len(items))
+    identified = identifier.identify_batch(items, progress)[0]
+    if isinstance(identified, BadInput):  # one expert is written for all of them: none may be left out
+        raise identified.error
+    _check_confidence(plan, identified)
     soft = config.soft or identified.unknown  # never a silent wrong expert
     if soft and not config.soft:
         progress.note(f"{identified.sentence()}: mixing experts by how well they fit")
     shares = {task: share for task, share in identified.embedding.items() if share > NEGLIGIBLE}
     embedding = {task: share / math.fsum(shares.values()) for task, share in shares.items()}
     embedding = embedding if soft else {identified.task: 1.0}
-    missing = [task for task in embedding if task not in plan.file.tasks]
-    if missing:
-        raise RetexError(
-            f"{config.signatures}: identifies task {missing[0]!r}, which {config.offsets} does not have",
-            "build both files from the same tasks",
-        )
+    plan.file.check_covers(embedding, config.signatures)
     return identified, replace(plan, embedding=embedding, head=config.head or identified.task)
+
+
+def _check_confidence(plan: RecoverPlan, identified: Identification) -> None:
+    wanted = plan.config.min_confidence
+    if wanted is None or (identified.probability >= wanted and not identified.unknown):
+        return
+    report = RecoverReport(plan.config.output, {}, identified.task, identified, 0, 0, written=False)
+    raise Unsure(f"{identified.sentence()}, wanted {100 * wanted:g} %: nothing is written", report)
 
 
 def _metadata(plan: RecoverPlan) -> dict[str, str]:

@@ -110,36 +110,36 @@ class Refiner:
     def refine(self, fit: TaskFit, fitter: OffsetFitter, progress: Progress) -> bytes:
         """The coded offsets of one task. Holds two networks. Raises ``BudgetTooSmall``."""
         rows = self.inputs[fit.task].rows
-        with self.models.network(fit.task) as teacher, self.models.network(fit.task) as network:
-            self.models.load_expert(teacher, fit.task)
+        teacher, network = self.models.network(fit.task), self.models.network(fit.task)
+        self.models.load_expert(teacher, fit.task)
+        try:
+            self._settle_batchnorm(fit, fitter, network, rows)
+            fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
             try:
-                self._settle_batchnorm(fit, fitter, network, rows)
-                fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
-                try:
-                    trainable = Trainable(fitter.components())
-                finally:
-                    fitter.budget = budget
-            except BudgetTooSmall:
-                return fitter.finish()  # one component: nothing to train
-            self.models.load_merged(network, fit.task, self._merged(fit))
-            student = Student(network.module)
-            learner = _Learner(trainable, fit, student)
-            distil(
-                teacher, network, student, learner, rows, self._schedule(fit.task),
-                seed=self.seed, threads=self.threads, progress=_Slow(progress),
-            )  # fmt: skip
-            found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
-            return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
+                trainable = Trainable(fitter.components())
+            finally:
+                fitter.budget = budget
+        except BudgetTooSmall:
+            return fitter.finish()  # one component: nothing to train
+        self.models.load_merged(network, fit.task, self._merged(fit))
+        student = Student(network.module)
+        learner = _Learner(trainable, fit, student)
+        distil(
+            teacher, network, student, learner, rows, self._schedule(fit.task),
+            seed=self.seed, threads=self.threads, progress=_Slow(progress),
+        )  # fmt: skip
+        found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
+        return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
 
     def _best(self, fit: TaskFit, teacher: Network, found: Mapping[str, bytes], progress: Progress) -> bytes:
         """The offsets whose answers to the inputs are nearest to the expert's: never worse than none at all."""
         batches = list(_batches(teacher, self.inputs[fit.task].rows))
         wanted = _answers(teacher, batches)
         distances = {}
-        with self.models.network(fit.task) as network:
-            for name, data in found.items():
-                self.models.load_merged(network, fit.task, self._recovered(fit, data))
-                distances[name] = float(answer_loss(_answers(network, batches), wanted))
+        network = self.models.network(fit.task)
+        for name, data in found.items():
+            self.models.load_merged(network, fit.task, self._recovered(fit, data))
+            distances[name] = float(answer_loss(_answers(network, batches), wanted))
         best = min(distances, key=lambda name: distances[name])
         told = ", ".join(f"{name} {distance:.4f}" for name, distance in distances.items())
         if best != next(iter(found)):

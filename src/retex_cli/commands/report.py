@@ -18,6 +18,20 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+class Answer(Protocol):
+    """What is said of one input among many; ``bad`` where it could not be used."""
+
+    @property
+    def bad(self) -> bool:
+        """Whether this is a reason and no answer."""
+
+    def to_json(self) -> Json:
+        """The object of ``--json``, which is a line of its own."""
+
+    def line(self) -> str:
+        """For a person."""
+
+
 class Report(Protocol):
     """The result of one command."""
 

@@ -38,7 +38,8 @@ class TaskAnswers:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Fractions of one task's test inputs."""
+    """Fractions of one task's test inputs. ``with_unknown``: ``identified`` (as ``task``) and the answers under E and H
+    where an input that was called unknown counts as wrong."""
 
     task: str
     inputs: int
@@ -55,6 +56,14 @@ class TaskScores:
         if self.expert == 0:
             return 1.0 if accuracy == 0 else float("inf")
         return accuracy / self.expert
+
+    def of_known(self) -> dict[str, float]:
+        """The protocols as shares of K, what identification alone costs; empty where K was not run."""
+        known = self.recovered.get("K")
+        if known is None:
+            return {}
+        same = {name: 1.0 if value == known else float("inf") for name, value in self.recovered.items()}
+        return {name: value / known for name, value in self.recovered.items()} if known else same
 
 
 def score(answers: TaskAnswers) -> TaskScores:
@@ -75,7 +84,10 @@ def score(answers: TaskAnswers) -> TaskScores:
         unknown=None if answers.unknown is None else _share(answers.unknown),
         with_unknown={}
         if known is None
-        else {name: _share(hits & known) for name, hits in right.items() if name != "K"},
+        else {
+            "task": _share((answers.identified == answers.task) & known),
+            **{name: _share(hits & known) for name, hits in right.items() if name != "K"},
+        },
     )
 
 
@@ -101,7 +113,9 @@ def mean_scores(scores: Sequence[TaskScores]) -> dict[str, object]:
             **{name: min(values) for name, values in ratios.items()},
         },
         "agreement": {name: _mean([s.agreement[name] for s in scores]) for name in ["merged", *protocols]},
+        "of_known": {name: _mean([s.of_known()[name] for s in scores]) for name in scores[0].of_known()},
         "identified": _mean(identified) if identified else None,
+        "unknown": _mean([s.unknown for s in scores if s.unknown is not None]) if identified else None,
         "with_unknown": {
             name: _mean([s.with_unknown[name] for s in scores]) for name in (scores[0].with_unknown or {})
         },

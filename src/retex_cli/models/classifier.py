@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
 from retex_cli.io.inputs import Example
 from retex_cli.models.device import inference
 from retex_cli.models.network import Network
-from retex_cli.models.processor import batches
-from retex_cli.parallel import ordered_map
+from retex_cli.models.passes import Passed, run
+from retex_cli.models.processor import Inputs
 from retex_cli.progress import Progress
 
 
@@ -21,24 +20,24 @@ def classify(
 ) -> Tensor:
     """Float32 [n, classes] on the CPU, in the order of ``examples``. Advances progress by one an example.
 
-    RetexError where the network has not one logit per label of its ``config.json``.
+    RetexError where the network has not one logit per label of its ``config.json``, and for the first input that it
+    cannot take.
     """
-    result = torch.empty(len(examples), len(network.labels))
+    return answer(network, examples, batch_size, threads, progress).whole()
 
-    def forward(batch: list[int]) -> Tensor:
-        inputs = network.inputs([examples[i] for i in batch])
+
+def answer(network: Network, examples: Sequence[Example], batch_size: int, threads: int, progress: Progress) -> Passed:
+    """``classify`` of the inputs that the network can take."""
+
+    def forward(inputs: Inputs) -> Tensor:
         with inference(network.device):
             logits = network.logits(inputs).cpu()
         if logits.shape[1] != len(network.labels):
             raise RetexError(
-                f"{network.folder / 'config.json'}: names {len(network.labels)} labels, "
+                f"{network.name}: config.json names {len(network.labels)} labels, "
                 f"the network gives {logits.shape[1]} logits",
                 "name every class under id2label",
             )
         return logits
 
-    plan = batches(examples, batch_size)
-    for batch, logits in zip(plan, ordered_map(forward, plan, threads), strict=True):
-        result[batch] = logits
-        progress.advance(len(batch))
-    return result
+    return run(network, examples, forward, batch_size, threads, progress)

@@ -12,8 +12,8 @@ from retex_cli.errors import RetexError
 from retex_cli.io.inputs import Example
 from retex_cli.models.device import inference
 from retex_cli.models.network import Network
-from retex_cli.models.processor import Inputs, batches
-from retex_cli.parallel import ordered_map
+from retex_cli.models.passes import Passed, run
+from retex_cli.models.processor import Inputs
 from retex_cli.progress import Progress
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
@@ -27,40 +27,38 @@ class Encoder:
     """
 
     def __init__(self, network: Network, threads: int) -> None:
-        self._network = network
+        self.network = network
         self._threads = threads
         self._watched = None if network.gives_hidden_states else _Watched(network)
 
     @property
     def max_length(self) -> int | None:
         """Tokens per text that the features look at."""
-        return self._network.max_length
+        return self.network.max_length
 
     def features(self, examples: Sequence[Example], batch_size: int, progress: Progress) -> Tensor:
         """Every layer's output averaged over positions or pixels: float32 [n, layers, width], the embedding first
         where transformers gives it.
 
-        Padding does not count. Layers narrower than the widest are filled with zeros. RetexError where there are none.
+        Padding does not count. Layers narrower than the widest are filled with zeros. RetexError where there are none,
+        and for the first input that the network cannot take.
         """
-        plan = batches(examples, batch_size)
+        return self.read(examples, batch_size, progress).whole()
 
-        def forward(batch: list[int]) -> Tensor:
-            inputs = self._network.inputs([examples[i] for i in batch])
-            with inference(self._network.device):
+    def read(self, examples: Sequence[Example], batch_size: int, progress: Progress) -> Passed:
+        """``features`` of the inputs that the network can take."""
+
+        def forward(inputs: Inputs) -> Tensor:
+            with inference(self.network.device):
                 layers = self._hidden_states(inputs) if self._watched is None else self._watched.layers(inputs)
             return _stack(layers).cpu()
 
-        parts = []
-        for batch, part in zip(plan, ordered_map(forward, plan, self._threads), strict=True):
-            parts.append(part)
-            progress.advance(len(batch))
-        order = torch.tensor([index for batch in plan for index in batch])
-        return torch.cat(parts)[order.argsort()]
+        return run(self.network, examples, forward, batch_size, self._threads, progress)
 
     def _hidden_states(self, inputs: Inputs) -> list[Tensor]:
-        states = getattr(self._network.module(**inputs, output_hidden_states=True), "hidden_states", None)
+        states = getattr(self.network.module(**inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
-            raise RetexError(f"{self._network.folder}: the model gives no hidden states to take signatures of")
+            raise RetexError(f"{self.network.name}: the model gives no hidden states to take signatures of")
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
 
@@ -73,7 +71,7 @@ class _Watched:
         self._names = feature_layers(network.module)
         if not self._names:
             raise RetexError(
-                f"{network.folder}: {type(network.module).__name__} has no ModuleList or Sequential to take layers of",
+                f"{network.name}: {type(network.module).__name__} has no ModuleList or Sequential to take layers of",
                 "name submodules in the attribute `feature_layers` of the network",
             )
         for name in self._names:
@@ -88,7 +86,7 @@ class _Watched:
         lost = [name for name in self._names if name not in pooled]
         if lost:
             raise RetexError(
-                f"{self._network.folder}: layer {lost[0]!r} of {type(self._network.module).__name__} gave no tensor",
+                f"{self._network.name}: layer {lost[0]!r} of {type(self._network.module).__name__} gave no tensor",
                 "name other submodules in the attribute `feature_layers` of the network",
             )
         return [pooled[name] for name in self._names]

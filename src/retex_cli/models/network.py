@@ -10,14 +10,17 @@ import contextlib
 import importlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.inputs import Example
+from retex_cli.models.names import saved_names
 from retex_cli.models.processor import Inputs, Processor
 
 
@@ -25,30 +28,72 @@ class Network:
     """The module that belongs to a folder with a ``config.json``, in eval mode on ``device``; ``load`` fills it.
 
     ``model`` names the function that builds it, called with the parsed ``config.json``; None leaves it to
-    transformers. ``max_length`` cuts texts, in tokens. UsageError where ``model`` gives no module, RetexError where
-    transformers knows none.
+    transformers. ``max_length`` cuts texts, in tokens. ``name`` is what errors call it, the folder if None. UsageError
+    where ``model`` gives no module, RetexError where transformers knows none.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, *, model: str | None = None, max_length: int | None = None
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        name: str | None = None,
     ) -> None:
+        self.name = name or str(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        built = _from_transformers(folder) if model is None else _from_function(model, config, folder)
-        self.folder = folder
+        built = _from_transformers(folder, self.name) if model is None else _from_function(model, config, self.name)
         self.device = device
         self.gives_hidden_states = model is None
         self.labels = label_names(config)
         self.module = built.to(device).eval()
-        self._processor = Processor(folder, max_length=max_length)
+        self._processor = Processor(folder, self.name, max_length=max_length)
+
+    @classmethod
+    def of(
+        cls,
+        files: Mapping[str, Path | bytes],
+        name: str,
+        device: torch.device,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> Self:
+        """The network of side ``files``, by relative path: where they lie, or what they hold.
+
+        RetexError, in the words of ``name``, where there is no config among them.
+        """
+        if "config.json" not in files:
+            raise RetexError(
+                f"{name}: no config.json beside the weights, so no network can be built",
+                "give a model folder, not a bare weight file; retex merge -o merged/ writes one",
+            )
+        with tempfile.TemporaryDirectory() as folder:  # only building reads it
+            for file, content in files.items():
+                place = Path(folder) / file
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, bytes):
+                    place.write_bytes(content)
+                else:
+                    place.symlink_to(content.resolve())
+            return cls(Path(folder), device, model=model, max_length=max_length, name=name)
 
     @property
     def max_length(self) -> int | None:
         """Tokens per text; None for networks that read no text."""
         return self._processor.max_length
 
+    @property
+    def reads(self) -> str:
+        """ "texts", "images" or "tensors": what there is a tokenizer or an image processor for."""
+        return self._processor.reads
+
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Take these weights; see ``load_weights``."""
-        load_weights(self.module, tensors, source)
+        """Take these weights, named as files or as the module name them; see ``load_weights``."""
+        own = self.module.state_dict()
+        saved = saved_names(self.module) if any(name not in own for name in tensors) else {}
+        load_weights(self.module, {saved.get(name, name): value for name, value in tensors.items()}, source)
 
     def inputs(self, examples: Sequence[Example]) -> Inputs:
         """One padded batch on the network's device, by the names of ``forward``'s arguments."""
@@ -64,7 +109,7 @@ class Network:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise RetexError(
-                f"{self.folder}: {type(self.module).__name__} returns no logits [inputs, classes] but {found}",
+                f"{self.name}: {type(self.module).__name__} returns no logits [inputs, classes] but {found}",
                 "the network returns a tensor of logits, or an object with `logits`",
             )
         return logits.float()
@@ -109,30 +154,30 @@ def _quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _from_transformers(folder: Path) -> torch.nn.Module:
+def _from_transformers(folder: Path, name: str) -> torch.nn.Module:
     import transformers
 
-    file, hint = folder / "config.json", 'name a function that builds it: model = "module:function" under [model]'
+    file, hint = f"{name}: config.json", 'name a function that builds it: model = "module:function" under [model]'
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise RetexError(f"{file}: not the config of a transformers model", hint) from error
-    for name in config.architectures or ():
-        if (architecture := getattr(transformers, name, None)) is not None:
+    for kind in config.architectures or ():
+        if (architecture := getattr(transformers, kind, None)) is not None:
             with _quiet_transformers(), torch.device("cpu"):
                 module: torch.nn.Module = architecture(config)
             return module
     raise RetexError(f"{file}: 'architectures' names no class of transformers: {config.architectures}", hint)
 
 
-def _from_function(model: str, config: Mapping[str, object], folder: Path) -> torch.nn.Module:
+def _from_function(model: str, config: Mapping[str, object], name: str) -> torch.nn.Module:
     try:
         module = _function(model)(config)
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(
-            f"model {model!r} fails for {folder / 'config.json'}: {type(error).__name__}: {error}",
+            f"model {model!r} fails for the config.json of {name}: {type(error).__name__}: {error}",
             "it is called with the parsed config.json; --debug shows the traceback",
         ) from error
     if not isinstance(module, torch.nn.Module):

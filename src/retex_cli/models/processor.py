@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from retex_cli.errors import RetexError
@@ -17,10 +19,10 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class Processor:
-    """Turns examples of one kind into batches, in the way that the folder's own files say."""
+    """Turns examples of one kind into batches, in the way that the folder's own files say; from any thread."""
 
-    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str, *, max_length: int | None = None) -> None:
+        self.name = name
         self._max_length = max_length
         self._tokenizer = None
         self._image_processor = None
@@ -29,6 +31,7 @@ class Processor:
 
         if names & {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model"}:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokens(["a"])  # sets how to cut and pad, which no other thread may be encoding with
         elif names & set(IMAGE_FILES):
             self._image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
 
@@ -39,52 +42,86 @@ class Processor:
             return None
         return self._max_length or min(int(self._tokenizer.model_max_length), 512)
 
+    @property
+    def reads(self) -> str:
+        """What may be given, in a word: "texts", "images" or "tensors", which every model takes."""
+        if self._tokenizer is not None:
+            return "texts"
+        return "tensors" if self._image_processor is None else "images"
+
     def __call__(self, examples: Sequence[Example]) -> Inputs:
-        """One padded batch, on the CPU. RetexError names an example of the wrong kind."""
+        """One padded batch, on the CPU, of examples of one kind. RetexError names one that the model cannot read."""
+        for example in examples:
+            self._check(example, examples[0])
         first = examples[0]
         if first.tensors is not None:
-            stacked = {name: torch.stack([_tensors(example)[name] for example in examples]) for name in first.tensors}
-            return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
+            return _stacked(examples)
         if first.text is not None:
-            if self._tokenizer is None:
-                raise RetexError(f"{self.folder}: text given to a model without a tokenizer", "give it its own inputs")
-            encoded = self._tokenizer(
-                [_text(example) for example in examples],
-                truncation=True,
-                padding=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            )
-            return dict(encoded)
-        if self._image_processor is None:
+            return self._tokens([example.text or "" for example in examples])
+        assert self._image_processor is not None
+        return dict(self._image_processor([picture(example) for example in examples], return_tensors="pt"))
+
+    def _tokens(self, texts: list[str]) -> Inputs:
+        assert self._tokenizer is not None
+        return dict(
+            self._tokenizer(texts, truncation=True, padding=True, max_length=self.max_length, return_tensors="pt")
+        )
+
+    def _check(self, example: Example, first: Example) -> None:
+        if kind(example) != kind(first):
             raise RetexError(
-                f"{self.folder}: images given to a model without an image processor", "give it its own inputs"
+                f"{example.source}: {kind(example)} in a batch of {kind(first)}", "keep one kind of input per file"
             )
-        from PIL import Image
-
-        images = [Image.open(_image(example)).convert("RGB") for example in examples]
-        return dict(self._image_processor(images, return_tensors="pt"))
-
-
-def _text(example: Example) -> str:
-    if example.text is None:
-        raise RetexError(f"{example.source}: not a text, in a batch of texts", "keep one kind of input per file")
-    return example.text
+        if kind(example) not in (self.reads, "tensors"):
+            given = "a text" if example.text is not None else "an image"
+            raise RetexError(
+                f"{example.source}: {given}, and {self.name} reads {self.reads}",
+                f"give {self.reads}"
+                if self.reads != "tensors"
+                else "there is no tokenizer or image processor beside it: give ready model inputs as .safetensors",
+            )
 
 
-def _image(example: Example) -> Path:
-    if example.image is None:
-        raise RetexError(f"{example.source}: not an image, in a batch of images", "keep one kind of input per file")
-    return example.image
+def kind(example: Example) -> str:
+    """ "texts", "images" or "tensors"."""
+    return "tensors" if example.tensors is not None else "texts" if example.text is not None else "images"
 
 
-def _tensors(example: Example) -> dict[str, Tensor]:
-    if example.tensors is None:
-        raise RetexError(f"{example.source}: not model inputs, in a batch of them", "keep one kind of input per file")
-    return dict(example.tensors)
+def picture(example: Example) -> NDArray[np.uint8]:
+    """Uint8 [height, width, 3] of an image. RetexError where it is none."""
+    if isinstance(example.image, np.ndarray):
+        return example.image
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise RetexError(f"{example.source}: reading images needs pillow", "pip install 'retex-cli[image]'") from None
+    try:
+        with Image.open(str(example.image)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        known = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if known else f"{type(error).__name__}: {error}"
+        raise RetexError(f"{example.source}: not a readable image: {reason}", "give a whole image file") from error
+
+
+def _stacked(examples: Sequence[Example]) -> Inputs:
+    rows = [example.tensors or {} for example in examples]
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
 
 
 def batches(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """Indices in batches of at most ``size``, examples of like length together so that little is padded."""
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].text or ""), i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    """Indices in batches of at most ``size``, examples of like length together so that little is padded.
+
+    What cannot be stacked, kinds of inputs and shapes of tensors, is kept apart.
+    """
+    groups: dict[object, list[int]] = {}
+    for index in sorted(range(len(examples)), key=lambda i: (len(examples[i].text or ""), i)):
+        groups.setdefault(_shape(examples[index]), []).append(index)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+def _shape(example: Example) -> object:
+    if example.tensors is None:
+        return kind(example)
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(example.tensors.items()))

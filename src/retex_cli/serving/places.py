@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
+from retex_cli.models.names import saved_names
 
 Shape = tuple[int, ...]
 
@@ -35,6 +36,7 @@ class Places:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.kind = type(module).__name__
+        self._module = module
         self._own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
     def match(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
@@ -44,7 +46,8 @@ class Places:
         the module names first has it. RetexError names the first required tensor without a place or with one of
         another shape, and any place on the meta device.
         """
-        names = [self._name(one) for one in wanted]
+        saved = {} if all(any(n in self._own for n in one.names) for one in wanted) else saved_names(self._module)
+        names = [self._name(one, saved) for one in wanted]
         asked = {name for name in names if name is not None}
         first: dict[int, str] = {}
         for name, value in self._own.items():
@@ -53,8 +56,8 @@ class Places:
         owners = set(first.values())
         return [self._own[name] if name in owners else None for name in names]
 
-    def _name(self, wanted: Wanted) -> str | None:
-        name = next((name for name in wanted.names if name in self._own), None)
+    def _name(self, wanted: Wanted, saved: Mapping[str, str]) -> str | None:
+        name = next((own for name in wanted.names if (own := saved.get(name, name)) in self._own), None)
         place = None if name is None else self._own[name]
         if place is None or tuple(place.shape) not in wanted.shapes:
             if not wanted.required:
@@ -68,6 +71,12 @@ class Places:
             raise RetexError(f"{self.kind}: tensor {name!r} is on the meta device and holds nothing", "load it first")
         return name
 
+    def variable(self, place: Tensor) -> Tensor:
+        """The parameter or buffer itself whose memory a place that ``match`` gave is."""
+        name = next(name for name, value in self._own.items() if value is place)
+        found: Tensor = self._module.state_dict(keep_vars=True)[name]
+        return found
+
     def left_over(self, filled: Iterable[Tensor]) -> list[str]:
         """Names of floating-point tensors that share no memory with a filled place; tied weights are one memory."""
         pointers = {place.data_ptr() for place in filled}
@@ -76,6 +85,15 @@ class Places:
             for name, value in self._own.items()
             if value.is_floating_point() and value.numel() and value.data_ptr() not in pointers
         ]
+
+
+def lend(variable: Tensor, memory: Tensor) -> None:
+    """Let a parameter or buffer be this memory from now on, which others may have as well, if it is of its kind.
+
+    It stays the same object, and what is tied to it stays tied.
+    """
+    if (variable.shape, variable.dtype, variable.device) == (memory.shape, memory.dtype, memory.device):
+        variable.data = memory
 
 
 def fill(place: Tensor, value: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Everything here is fitted on leave-one-out scores of the reference inputs, whose only label is the task they came with.
 
-Probability: softmax of ``-score / temperature`` (temperature scaling, arXiv 1706.04599).
+Probability: softmax of ``-score / temperature`` (temperature scaling, arXiv 1706.04599; see ``fit_temperature``).
 
 Unknown inputs: two signs, each turned into ``-log p`` where p is the share of reference inputs that look at least as
 strange, and summed (Fisher's method). One is the distance under the identified task's own covariance, standardised per
@@ -34,45 +34,28 @@ def owners(counts: list[int]) -> torch.Tensor:
 
 
 def losses(scores: torch.Tensor, owner: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Per input [N] the cross-entropy in nats of ``softmax(-scores / temperature)`` with its own task.
-
-    The target is (N + 1) / (N + 2), the rest spread over the other tasks (Platt 1999): with N inputs that are all
-    right, nobody can claim an error rate below 1 / (N + 2), and the best temperature stays above zero.
-    """
-    tasks = scores.shape[1]
-    logs = torch.log_softmax(-scores / temperature, 1)
-    own = logs.gather(1, owner[:, None])[:, 0]
-    if tasks == 1:
-        return -own
-    target = (len(scores) + 1) / (len(scores) + 2)
-    return -(target * own + (1 - target) * (logs.sum(1) - own) / (tasks - 1))
+    """Per input [N] the cross-entropy in nats of ``softmax(-scores / temperature)`` with its own task."""
+    return -torch.log_softmax(-scores / temperature, 1).gather(1, owner[:, None])[:, 0]
 
 
 def fit_temperature(scores: torch.Tensor, owner: torch.Tensor) -> float:
-    """The temperature of least mean loss: golden section over its logarithm (the loss is convex in 1 / temperature).
+    """The temperature at which inputs are as sure on average as they are right (expectation consistency, arXiv
+    2303.02644): mean largest probability = (hits + 1) / (N + 2), as N inputs that are all right do not prove certainty.
 
-    1 for a single task, where nothing depends on it.
+    Least cross-entropy agrees with it where tasks overlap; where they do not, one far task among near ones would decide
+    it. 1 for a single task, where nothing depends on it.
     """
     if scores.shape[1] == 1:
         return 1.0
+    hits = int((scores.argmin(1) == owner).sum())
+    wanted = (hits + 1) / (len(scores) + 2)
     spread = float((scores - scores.amin(1, keepdim=True)).mean())
     middle = math.log(max(spread, 1e-12))
-    low, high, golden = middle - 14.0, middle + 6.0, (math.sqrt(5) - 1) / 2
-
-    def loss(log_temperature: float) -> float:
-        return float(losses(scores, owner, math.exp(log_temperature)).mean())
-
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = loss(left), loss(right)
-    for _ in range(36):
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - golden * (high - low)
-            at_left = loss(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + golden * (high - low)
-            at_right = loss(right)
+    low, high = middle - 20.0, middle + 10.0
+    for _ in range(48):
+        half = (low + high) / 2
+        sure = float(torch.softmax(-scores / math.exp(half), 1).amax(1).mean())
+        low, high = (half, high) if sure > wanted else (low, half)
     return math.exp((low + high) / 2)
 
 

@@ -24,17 +24,19 @@ EMPTY_NORM = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How ``[m, L, D]`` features become ``[m, len(layers) * D]`` vectors."""
+    """How ``[m, L, D]`` features become ``[m, size]`` vectors: of each of ``layers`` the first entries, as many as its
+    entry of ``widths``, times its entry of ``weights``. What lies beyond was zero in every reference input: padding."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
+    widths: tuple[int, ...]
     layer_count: int
     width: int
 
     @property
     def size(self) -> int:
         """Entries of one vector."""
-        return len(self.layers) * self.width
+        return sum(self.widths)
 
 
 def check(features: torch.Tensor, place: str, *, least: int = 1) -> None:
@@ -105,16 +107,24 @@ def layer_weights(units: Sequence[torch.Tensor]) -> tuple[float, ...]:
     return tuple(float(value) for value in 1.0 / spread.clamp(min=floor))
 
 
+def layer_widths(units: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Per layer of ``[n, L, D]`` unit layers, how many entries there are up to the last that is not zero throughout."""
+    used = torch.stack([(unit != 0).any(0) for unit in units]).any(0)
+    places = torch.arange(1, used.shape[1] + 1)
+    return tuple(max(1, int(width)) for width in (used * places).amax(1))
+
+
 def concatenate(units: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Weighted layers of ``[n, L, D]`` unit layers side by side: float64 ``[n, len(layers) * D]``."""
-    weights = torch.tensor(layout.weights, dtype=units.dtype, device=units.device)
-    return (units[:, list(layout.layers)] * weights[:, None]).flatten(1)
+    """Weighted layers of ``[n, L, D]`` unit layers side by side: ``[n, layout.size]`` of their type."""
+    chosen = zip(layout.layers, layout.widths, layout.weights, strict=True)
+    return torch.cat([units[:, layer, :width] * weight for layer, width, weight in chosen], 1)
 
 
 def vectors(features: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``[m, L, D]`` features as float32 ``[m, len(layers) * D]`` vectors, for scoring."""
-    chosen = features[:, list(layout.layers)].to(torch.float32)
-    units = chosen / chosen.norm(dim=2, keepdim=True).clamp(min=EMPTY_NORM)
-    weights = torch.tensor(layout.weights, dtype=torch.float32, device=features.device)
-    weighted: torch.Tensor = units * weights[:, None]
-    return weighted.flatten(1)
+    """``[m, L, D]`` features as float32 ``[m, layout.size]`` vectors, for scoring."""
+    parts = []
+    for layer, width, weight in zip(layout.layers, layout.widths, layout.weights, strict=True):
+        chosen = features[:, layer].to(torch.float32)
+        length = chosen.norm(dim=1, keepdim=True).clamp(min=EMPTY_NORM)
+        parts.append(chosen[:, :width] * (weight / length))
+    return torch.cat(parts, 1)

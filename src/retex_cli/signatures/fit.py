@@ -9,7 +9,7 @@ import torch
 from retex_cli.errors import UsageError
 from retex_cli.signatures import residual
 from retex_cli.signatures.calibrate import entropy, owners
-from retex_cli.signatures.features import Layout, check_tasks, concatenate, unit_layers
+from retex_cli.signatures.features import Layout, check_tasks, concatenate, layer_widths, unit_layers
 from retex_cli.signatures.join import scatter_of, store
 from retex_cli.signatures.recipe import Recipe
 from retex_cli.signatures.select import Choice, choice, select
@@ -58,6 +58,6 @@ def fit(
 def published(units: Sequence[torch.Tensor]) -> Choice:
     """The identifier of arXiv 2606.22589: final layer, unit length, SVD residual."""
     layer_count, width = units[0].shape[1:]
-    layout = Layout((layer_count - 1,), (1.0,), layer_count, width)
+    layout = Layout((layer_count - 1,), (1.0,), layer_widths(units)[-1:], layer_count, width)
     scores = residual.leave_each_out([concatenate(unit, layout) for unit in units])
     return choice(layout, "residual", 0.0, 0.0, scores, owners([len(unit) for unit in units]))

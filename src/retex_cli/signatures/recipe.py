@@ -51,12 +51,15 @@ def read_recipe(metadata: Mapping[str, object]) -> Recipe:
     try:
         layers = tuple(int(layer) for layer in _numbers(metadata, "layers"))
         count, width = int(_number(metadata, "layer_count")), int(_number(metadata, "width"))
-        layout = Layout(layers, _numbers(metadata, "weights"), count, width)
+        widths = tuple(int(entries) for entries in _numbers(metadata, "widths"))
+        layout = Layout(layers, _numbers(metadata, "weights"), widths, count, width)
         score = str(metadata["score"])
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, expected one of {', '.join(SCORES)}")
-        if len(layout.weights) != len(layers) or not layers or not all(0 <= layer < count for layer in layers):
-            raise ValueError(f"layers {list(layers)} of {count} with {len(layout.weights)} weights")
+        if not len(widths) == len(layout.weights) == len(layers) or not all(0 <= layer < count for layer in layers):
+            raise ValueError(f"layers {list(layers)} of {count}, {len(layout.weights)} weights, {len(widths)} widths")
+        if not layers or not all(0 < entries <= width for entries in widths):
+            raise ValueError(f"layers {list(layers)} of widths {list(widths)}, at most {width}")
         numbers = {name: _number(metadata, name) for name in ("shrinkage", "own", "temperature", "false_alarms")}
         if numbers["temperature"] <= 0:
             raise ValueError(f"temperature is {numbers['temperature']}")

@@ -1,8 +1,9 @@
 """Which layers, which score, how much shrinkage: decided on the reference inputs, each judged without itself.
 
-The measure is the leave-one-out cross-entropy of the task (at its best temperature), which ranks choices far more
+The measure is the leave-one-out cross-entropy of the task at the calibrated temperature, which ranks choices far more
 reliably than the error count of a few hundred inputs. As even that is noisy at 32 inputs a task, the preferred layers
-are left only for others that are better by two standard errors of the paired difference, input by input.
+and the usual own share are left only for others that are better by two standard errors of the paired difference, input
+by input.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import torch
 
 from retex_cli.signatures import gaussian, residual
 from retex_cli.signatures.calibrate import fit_temperature, losses, owners
-from retex_cli.signatures.features import Layout, concatenate, layer_weights
+from retex_cli.signatures.features import Layout, concatenate, layer_weights, layer_widths
 from retex_cli.signatures.scatter import floored
 
-SHRINKAGES = (0.9, 0.75, 0.5, 0.3, 0.15)
+SHRINKAGES = (0.9, 0.75, 0.5, 0.3, 0.15, 0.05)
 OWN_SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 USUAL = (0.5, 0.25)
 """Shrinkage and own share at which sets of layers are compared before the best are tuned."""
 
-PREFERRED_LAYERS = 4
-MOST_LAYERS = 8
+FEWEST_LAYERS, MOST_LAYERS = 4, 8
+"""Every second layer is preferred, within these limits."""
+
 STANDARD_ERRORS = 2.0
 
 
@@ -67,9 +69,9 @@ def evenly(layer_count: int, wanted: int) -> tuple[int, ...]:
 
 def layer_sets(layer_count: int) -> list[tuple[int, ...]]:
     """The preferred set first, then other even spacings, the layers between the preferred ones, each layer alone."""
-    preferred = evenly(layer_count, PREFERRED_LAYERS)
+    preferred = evenly(layer_count, min(max((layer_count + 1) // 2, FEWEST_LAYERS), MOST_LAYERS))
     between = tuple((a + b) // 2 for a, b in pairwise(preferred) if b - a > 1)
-    others = [evenly(layer_count, wanted) for wanted in (3, 2, 5, 6, MOST_LAYERS)]
+    others = [evenly(layer_count, wanted) for wanted in (3, 2, FEWEST_LAYERS, 5, 6, MOST_LAYERS)]
     singles = [(layer,) for layer in range(layer_count)]
     return [layers for layers in dict.fromkeys([preferred, *others, between, *singles]) if layers]
 
@@ -92,12 +94,13 @@ class Judge:
         self.units = units
         self.counts = [len(unit) for unit in units]
         self.owner = owners(self.counts)
-        self.weights = layer_weights(units)
+        self.weights, self.widths = layer_weights(units), layer_widths(units)
         self.layer_count, self.width = units[0].shape[1:]
 
     def layout(self, layers: tuple[int, ...]) -> Layout:
         """Those layers with the weights that equalise them."""
-        return Layout(layers, tuple(self.weights[layer] for layer in layers), self.layer_count, self.width)
+        weights = tuple(self.weights[layer] for layer in layers)
+        return Layout(layers, weights, tuple(self.widths[layer] for layer in layers), self.layer_count, self.width)
 
     def rows(self, layers: tuple[int, ...]) -> Rows:
         """The concatenated layers of all tasks."""
@@ -125,16 +128,19 @@ class Judge:
         return self.gaussian(self.rows(layers), *USUAL)
 
     def tuned(self, layers: tuple[int, ...]) -> Choice:
-        """Best shrinkage at the usual own share, best share there, and the shrinkage once more."""
+        """Best shrinkage at the usual own share; another share, with its best shrinkage, where it is clearly better."""
         rows = self.rows(layers)
         usual = USUAL[1]
-        tried = [self.gaussian(rows, shrinkage, usual) for shrinkage in SHRINKAGES]
-        best = min(tried, key=lambda c: c.loss)
-        tried += [self.gaussian(rows, best.shrinkage, own) for own in OWN_SHARES if own != usual]
-        better = min(tried, key=lambda c: c.loss)
-        if better.own != usual:
-            tried += [self.gaussian(rows, value, better.own) for value in SHRINKAGES if value != better.shrinkage]
-        return min(tried, key=lambda c: c.loss)
+        best = self._least([self.gaussian(rows, shrinkage, usual) for shrinkage in SHRINKAGES])
+        other = self._least([self.gaussian(rows, best.shrinkage, own) for own in OWN_SHARES if own != usual])
+        if not clearly_better(other, best):
+            return best
+        rest = [self.gaussian(rows, value, other.own) for value in SHRINKAGES if value != other.shrinkage]
+        return self._least([other, *rest])
+
+    @staticmethod
+    def _least(tried: Sequence[Choice]) -> Choice:
+        return min(tried, key=lambda choice: choice.loss)
 
 
 def clearly_better(challenger: Choice, champion: Choice) -> bool:
