@@ -69,6 +69,7 @@ def test_zero_components_are_left_out(rank: int) -> None:
     matrix = torch.randn(400, rank, generator=generator) @ torch.randn(rank, 500, generator=generator)
     found = decompose(matrix, 10)
     assert len(found.values) == rank
+    assert found.missed == 0, "there is nothing more to look for"
     torch.testing.assert_close((found.left * found.values) @ found.right, matrix, rtol=1e-3, atol=1e-4)
 
 

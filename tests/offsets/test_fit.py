@@ -155,3 +155,15 @@ def lost(layout: list[tuple[str, tuple[int, int]]], deltas: dict[str, torch.Tens
     factors = decode(data, layout)
     back = {name: factors[name].delta(shape, CPU) if name in factors else torch.zeros(shape) for name, shape in layout}
     return sum((deltas[name] - back[name]).square().sum().item() for name in deltas)
+
+
+def test_what_has_no_more_components_is_not_looked_at_for_ever() -> None:
+    generator = torch.Generator().manual_seed(6)
+    low = torch.randn(400, 3, generator=generator) @ torch.randn(3, 500, generator=generator)  # as of a LoRA adapter
+    fitter = OffsetFitter([("a", (400, 500))], 20_000)
+    fitter.update("a", fitter.prepare(low))
+    assert fitter.short() == {}
+    few = fitter.prepare(steep((400, 500), 4), 2)
+    fitter.update("a", few)
+    fitter.update("a", few)
+    assert fitter.short() == {}, "asked again, no more were found"

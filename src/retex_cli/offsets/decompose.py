@@ -104,7 +104,7 @@ def _in_krylov_space(matrix: Tensor, rank: int, block: int) -> Components:
     kept = int((energies > ROUNDING * energies[0].clamp_min(1e-60)).sum())
     values, rotation = energies[:kept].sqrt().float(), vectors.flip(1)[:, :kept].float()
     whole = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    missed = max(whole - float(eigenvalues.sum()), math.ulp(whole))
+    missed = max(whole - float(eigenvalues.sum()), math.ulp(whole)) if kept == rank else 0.0  # zeros are among them
     return Components(basis @ rotation, values, (rotation.T @ images) / values[:, None], missed)
 
 

@@ -81,7 +81,11 @@ class OffsetFitter:
         return components, _component_candidates(components)
 
     def update(self, name: str, prepared: Prepared) -> None:
-        """Takes what ``prepare`` made of the offset of tensor ``name``."""
+        """Takes what ``prepare`` made of the offset of tensor ``name``, perhaps in the place of fewer components."""
+        what, candidates = prepared
+        before = self._prepared.get(name)
+        if before is not None and len(candidates.energies) <= len(before[1].energies):
+            prepared = what, replace(candidates, rest=0.0)  # there are no more to be found
         self._prepared[name] = prepared
         self._folded.pop(name, None)
 
