@@ -68,7 +68,10 @@ class TensorFile(Protocol):
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() < 2:
+        flat = flat.as_strided(flat.shape, (1,))  # with so few elements any stride, even 0, passes for contiguous
+    return flat.view(torch.uint8).numpy().data
 
 
 def scratch() -> torch.Tensor:
