@@ -35,7 +35,7 @@ from tables import load
 from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
-OURS: dict[str, list[str]] = {"retex": []}
+OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
 """Rows of retex's own: name -> what is typed after ``fit-offsets --budget SIZE``."""
 
 Entry = dict[str, object]
