@@ -26,7 +26,7 @@ from retex_cli.progress import Progress
 from retex_cli.signatures import Decisions, Signatures
 
 FORMAT = "retex.signatures"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
