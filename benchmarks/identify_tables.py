@@ -26,12 +26,13 @@ other, never on test data, and written into the signature file.
 """
 
 
+NOTHING = "Nothing measured yet: run `benchmarks/identify.py` and `benchmarks/unseen.py` for `text8` and `vision6`.\n"
+
+
 def identification_page() -> str:
-    """Everything that was measured; the head alone where nothing was."""
-    parts = [HEAD]
-    for suite, what in SUITES.items():
-        parts += [_identifiers(suite, what), _unseen(suite)]
-    return "\n".join(part for part in parts if part)
+    """Everything that was measured."""
+    measured = [part for suite, what in SUITES.items() for part in (_identifiers(suite, what), _unseen(suite)) if part]
+    return "\n".join([HEAD, *(measured or [NOTHING])])
 
 
 _TABLE = """\
