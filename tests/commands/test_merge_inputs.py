@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,3 +213,48 @@ def test_statistics_of_a_convolutional_network(vision: Path, retex: Retex, metho
     assert all(tensor.isfinite().all() for tensor in merged.values())
     experts = [load_file(f"{task}/model.safetensors")["stem.weight"] for task in ("dark", "light")]
     assert (merged["stem.weight"] - (experts[0] + experts[1]) / 2).abs().max() > 1e-6
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A base and two experts that are vision transformers, whose files name tensors otherwise than their modules do."""
+    import numpy as np
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification, set_seed
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=16, patch_size=8, initializer_range=0.3, num_labels=2, **sizes)
+    set_seed(0)
+    model, given = ViTForImageClassification(config), ["--base", "base"]
+    model.save_pretrained("base")
+    for task in ("a", "b"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(task)
+        size = {"height": 16, "width": 16}
+        Path(task, "preprocessor_config.json").write_text(
+            json.dumps({"image_processor_type": "ViTImageProcessor", "size": size})
+        )
+        Path(f"{task}-inputs").mkdir()
+        for n in range(16):
+            noise = np.random.default_rng(n).integers(0, 255, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(f"{task}-inputs/{n}.png")
+        given += ["--expert", f"{task}={task}", "--inputs", f"{task}={task}-inputs"]
+    return given
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "esm"])
+def test_statistics_reach_tensors_that_files_name_otherwise(pictures: list[str], retex: Retex, method: str) -> None:
+    result = retex("merge", *pictures, "--method", method, "--samples", "16", "-o", "m.safetensors")
+    assert result.code == 0, result.err
+    merged = load_file("m.safetensors")
+    without = retex("merge", *pictures, "--method", "average", "-o", "average.safetensors")
+    assert without.code == 0, without.err
+    average = load_file("average.safetensors")
+    layers = [name for name in merged if "layer.0." in name and name.endswith("weight") and merged[name].ndim == 2]
+    assert len(layers) == 6
+    assert all((merged[name] - average[name]).abs().max() > 1e-5 for name in layers)
+    lacking = re.findall(r"(\d+) matrices have no statistics", result.err)
+    assert sum(map(int, lacking)) <= 2, "the class token and the positions, which no layer reads"

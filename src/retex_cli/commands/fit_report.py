@@ -79,7 +79,3 @@ def fitted_row(fit: TaskFit, fitted: FittedTask, stored: Mapping[str, bytes]) ->
         "expert_bytes": fitted.record.expert_bytes,
         **({"agreement": fitted.agreement.to_json()} if fitted.agreement else {}),
     }
-
-
-def _agreement(value: object) -> str:
-    return str(Agreement.from_json(value))

@@ -158,14 +158,14 @@ class _Reestimated:
         self.models.load_merged(network, task, merged)
         batches = [network.inputs(batch) for batch in _mixed(self.plan.data, self.plan.config.batch_size)]
         measured = measure_batchnorm(network, batches, self.progress)
-        names = [name for name in merged if is_running_statistic(name)]
-        strange = [name for name in names if theirs.get(name) not in measured]
+        names = {n: network.own_name(theirs.get(n, n)) for n in merged if is_running_statistic(n)}
+        strange = [name for name, own in names.items() if own not in measured]
         if strange:
             raise RetexError(
                 f"tensor {strange[0]!r} is no running statistic of {type(network.module).__name__}",
                 "use --batchnorm average",
             )
-        return {name: measured[theirs[name]] for name in names}
+        return {name: measured[own] for name, own in names.items()}
 
 
 def _mixed(data: Mapping[str, TaskInputs], size: int) -> Iterator[list[Example]]:

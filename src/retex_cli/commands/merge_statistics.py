@@ -40,13 +40,16 @@ def measure(
         path = folder / f"{task}.safetensors"
         network = models.network(task)
         models.load_expert(network, task)
-        wanted = {models.alignments[task].shared[s.view.name] for s in _merges(steps) if task in s.view.tasks}
+        shared = models.alignments[task].shared
+        theirs = [shared[step.view.name] for step in _merges(steps) if task in step.view.tasks]
+        names = {network.own_name(name): name for name in theirs}
         examples = inputs[task].measured
         if method.needs == "fisher":
-            found = fisher_diagonal(network, examples, wanted, threads, progress)
+            found = fisher_diagonal(network, examples, names, threads, progress)
         else:
-            names = wanted & set(gram_layers(network.module))
-            found = dict(input_grams(network, examples, names, batch_size, threads, progress))
+            layers = names.keys() & gram_layers(network.module).keys()
+            found = dict(input_grams(network, examples, layers, batch_size, threads, progress))
+        found = {names[own]: value for own, value in found.items()}
         write_artefact(path, found, {}, format=FORMAT, version=VERSION)
         del found
         files[task] = stack.enter_context(open_artefact(path, format=FORMAT, versions={VERSION}))

@@ -123,7 +123,8 @@ class Refiner:
             return fitter.finish()  # one component: nothing to train
         self.models.load_merged(network, fit.task, self._merged(fit))
         student = Student(network.module)
-        learner = _Learner(trainable, fit, student)
+        names = {name: network.own_name(fit.alignment.shared[name]) for name in trainable.names}
+        learner = _Learner(trainable, names, student)
         distil(
             teacher, network, student, learner, rows, self._schedule(fit.task),
             seed=self.seed, threads=self.threads, progress=_Slow(progress),
@@ -151,11 +152,12 @@ class Refiner:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""
         layers = batchnorm_layers(network.module)
         theirs = fit.alignment.shared
+        names = {name: network.own_name(file) for name, file in theirs.items()}
         own = {
-            norm: layers[theirs[norm.variance].removesuffix(".running_var")]
+            norm: layers[names[norm.variance].removesuffix(".running_var")]
             for norm in norms(layout_of(self.merged))
-            if theirs.get(norm.variance, "").removesuffix(".running_var") in layers
-            and all(name in theirs for name in norm.names)
+            if names.get(norm.variance, "").removesuffix(".running_var") in layers
+            and all(name in names for name in norm.names)
         }
         if not own:
             return
@@ -166,7 +168,7 @@ class Refiner:
         measured = measure_batchnorm(network, list(_batches(network, rows)), Silent())
         for norm in own:
             for name in (norm.mean, norm.variance):
-                expert[name] = measured[theirs[name]]
+                expert[name] = measured[names[name]]
         self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
 
     def _aim(self, fitter: OffsetFitter, wanted: Mapping[str, Tensor], epsilons: Mapping[Norm, float]) -> None:
@@ -216,12 +218,13 @@ class _Slow:
 
 
 class _Learner:
-    """Trained components as tensors of a network that was filled with the merged weights."""
+    """Trained components as tensors of a network that was filled with the merged weights.
 
-    def __init__(self, trainable: Trainable, fit: TaskFit, student: Student) -> None:
-        self._trainable = trainable
-        self._names = {name: fit.alignment.shared[name] for name in trainable.names}
-        self._student = student
+    ``names``: what the network calls them.
+    """
+
+    def __init__(self, trainable: Trainable, names: Mapping[str, str], student: Student) -> None:
+        self._trainable, self._names, self._student = trainable, names, student
         self._own = {name: student.own(theirs).detach() for name, theirs in self._names.items()}
 
     @property

@@ -7,6 +7,7 @@ named as ``package.module:function``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -48,6 +49,7 @@ class Network:
         self.gives_hidden_states = model is None
         self.labels = label_names(config)
         self.module = built.to(device).eval()
+        self._own = frozenset(self.module.state_dict())
         self._processor = Processor(folder, self.name, max_length=max_length)
 
     @classmethod
@@ -91,9 +93,15 @@ class Network:
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take these weights, named as files or as the module name them; see ``load_weights``."""
-        own = self.module.state_dict()
-        saved = saved_names(self.module) if any(name not in own for name in tensors) else {}
-        load_weights(self.module, {saved.get(name, name): value for name, value in tensors.items()}, source)
+        load_weights(self.module, {self.own_name(name): value for name, value in tensors.items()}, source)
+
+    def own_name(self, name: str) -> str:
+        """What the module calls a tensor that is named as files or as the module name it."""
+        return name if name in self._own else self._saved.get(name, name)
+
+    @functools.cached_property
+    def _saved(self) -> dict[str, str]:
+        return saved_names(self.module)
 
     def inputs(self, examples: Sequence[Example]) -> Inputs:
         """One padded batch on the network's device, by the names of ``forward``'s arguments."""
