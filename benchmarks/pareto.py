@@ -35,8 +35,13 @@ from tables import load
 from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
-OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
-"""Rows of retex's own: name -> what is typed after ``fit-offsets --budget SIZE``."""
+OURS: dict[str, list[str]] = {
+    "retex": ["--total-budget"],
+    "retex-refine": ["--refine", "--total-budget"],
+    "retex-even": ["--budget"],
+}
+"""Rows of retex's own: name -> what is typed after ``fit-offsets`` and before the size. Sizes are per task, so as a
+total they are shared out over tasks by need; in ``retex-even`` every task has as much as any other."""
 
 Entry = dict[str, object]
 
@@ -65,7 +70,7 @@ def ours(field: Field, folder: Path, merged: Path, budget: str, options: Sequenc
     """retex itself: the command lines that a user types, and the experts that they write."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         offsets, expert = Path(name) / "offsets.safetensors", Path(name) / "expert.safetensors"
-        line = ["fit-offsets", "--merged", str(merged), "-o", str(offsets), "--budget", budget, *options]
+        line = ["fit-offsets", "--merged", str(merged), "-o", str(offsets), *options, budget]
         started = time.monotonic()
         report = retex(folder, *line)
         took = time.monotonic() - started

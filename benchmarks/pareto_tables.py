@@ -18,7 +18,7 @@ Entry = dict[str, object]
 
 def is_ours(entry: Entry) -> bool:
     """retex itself, in any of its rows."""
-    return str(entry["form"]) in ("retex", "retex-refine")
+    return str(entry["form"]) in ("retex", "retex-refine", "retex-even")
 
 
 def number(entry: Entry, key: str) -> float:

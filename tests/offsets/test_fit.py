@@ -33,8 +33,8 @@ def deltas() -> dict[str, torch.Tensor]:
     return made
 
 
-def fit(deltas: dict[str, torch.Tensor], budget: int) -> bytes:
-    fitter = OffsetFitter(LAYOUT, budget)
+def fit(deltas: dict[str, torch.Tensor], budget: int, lead: float = 0.0) -> bytes:
+    fitter = OffsetFitter(LAYOUT, budget, lead=lead)
     for name, delta in deltas.items():
         fitter.update(name, fitter.prepare(delta))
     return fitter.finish()
@@ -64,6 +64,21 @@ def test_within_budget_and_more_is_never_worse(deltas: dict[str, torch.Tensor]) 
         assert 0.75 * budget <= len(data) <= budget
         assert error(deltas, data) <= before
         before = error(deltas, data)
+
+
+def test_what_is_kept_is_stretched_by_what_is_left_out() -> None:
+    delta = torch.diag(torch.tensor([4.0] + [1.0] * 63))
+    found = []
+    for lead in (0.0, 0.2):
+        fitter = OffsetFitter([("w", (64, 64))], 60, lead=lead)
+        fitter.update("w", fitter.prepare(delta))
+        found.append(decode(fitter.finish(), [("w", (64, 64))])["w"].delta((64, 64), CPU))
+    least, stretched = found
+    kept = float(least.square().sum() / delta.square().sum())
+    assert 0.1 < kept < 0.5, "something is left out"
+    assert stretched.norm() / least.norm() == pytest.approx(kept**-0.2, rel=0.02)
+    cosine = (least * stretched).sum() / least.norm() / stretched.norm()
+    assert cosine > 0.99, "in the same direction"
 
 
 def test_the_budget_is_met_within_two_percent_on_a_larger_model() -> None:

@@ -151,7 +151,10 @@ class Fitting:
 
     def _prepare(self, fit: TaskFit) -> _Prepared:
         layout = layout_of(self.merged)
-        fitter = OffsetFitter(layout, fit.budget, {} if fit.lossless else weights(layout))
+        if fit.lossless:  # what counts is how small the errors are
+            fitter = OffsetFitter(layout, fit.budget, lead=0.0)
+        else:
+            fitter = OffsetFitter(layout, fit.budget, weights(layout))
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         digests, noises = {}, {}

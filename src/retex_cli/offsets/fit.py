@@ -35,6 +35,10 @@ AMPLE = 1.25
 """Share of the budget at which more components are looked for than were found."""
 MEASURED = 8
 """Leading long vectors on which the curve of a tensor is measured."""
+LEAD = 0.2
+"""Kept components stand for those that are left out: the offset of a tensor of whose energy a share r is kept is
+multiplied by ``r ** -LEAD``. Fine-tuning moves all components the same way as far as a network's answers go, so what
+is left out is not noise around what is kept but less of the same."""
 
 Prepared = tuple[Components | Tensor, Candidates]
 """A decomposed offset (or a vector as it is) and what keeping its parts would cost and gain."""
@@ -55,13 +59,19 @@ class OffsetFitter:
     """Grows tensor by tensor, then turns into bytes: ``update`` for every shared tensor, ``finish`` once.
 
     ``layout`` is every shared tensor's (name, shape) in sorted order; ``budget`` the bytes that ``finish`` may use;
-    ``weights`` by how much a squared error in a tensor counts for more than in others, 1 by default.
+    ``weights`` by how much a squared error in a tensor counts for more than in others, 1 by default. ``lead``: see
+    ``LEAD``; 0 leaves the least squared error.
     """
 
     def __init__(
-        self, layout: Sequence[tuple[str, Shape]], budget: int, weights: Mapping[str, float] | None = None
+        self,
+        layout: Sequence[tuple[str, Shape]],
+        budget: int,
+        weights: Mapping[str, float] | None = None,
+        lead: float = LEAD,
     ) -> None:
         self._layout = list(layout)
+        self._lead = lead
         self.budget = budget
         self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
@@ -209,7 +219,9 @@ class OffsetFitter:
             components = self._of(name)[0]
             if isinstance(components, Components):
                 unit = math.sqrt(components.right.shape[1])
-                left = _refit(components, torch.stack(rights.decoded(name)) / unit)
+                right = torch.stack(rights.decoded(name)) / unit
+                left = _refit(components, right)
+                left *= _kept_share(components, left, right) ** -self._lead
                 found[name] = Kept(left, components.right[: len(chosen)] * unit, chosen)
             else:
                 found[name] = Kept(components[:, None], None, chosen)
@@ -260,6 +272,13 @@ def _refit(components: Components, right: Tensor) -> Tensor:
     mixing = torch.linalg.solve(gram + ridge, (right @ components.right.T).double()).float()  # [kept, all]
     left: Tensor = (components.left * components.values) @ mixing.T
     return left
+
+
+def _kept_share(components: Components, left: Tensor, right: Tensor) -> float:
+    """The squared norm of ``left @ right``, over that of the offset; at most 1."""
+    kept = float(((left.T @ left).double() * (right @ right.T).double()).sum())
+    whole = float(components.values.double().square().sum()) + components.missed
+    return min(kept / whole, 1.0) if kept > 0 else 1.0
 
 
 class _Quantised:
