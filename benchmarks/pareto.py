@@ -3,7 +3,8 @@
     python benchmarks/pareto.py text8|vision6 [--rows 1000] [--forms svd,retex] [--merge ties] [--seed 1] [--fresh]
 
 Protocol K: task and head are known. A row that was measured before with the same sources, experts and test rows comes
-from the cache, so an interrupted run goes on where it stopped. All rows together (not with ``--forms``) go into
+from the cache, so an interrupted run goes on where it stopped. Rivals start from the plain average of seed 0 alone.
+All rows together (not with ``--forms``) go into
 ``results/pareto.json`` under the name of the suite, accuracies as shares of the experts' own, and into a picture,
 ``docs/pareto-SUITE.svg``.
 """
@@ -35,6 +36,8 @@ from tables import load
 from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
+REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%", "2%")}
+"""What ``--refine``, which takes minutes a task, is measured at."""
 OURS: dict[str, list[str]] = {
     "retex": ["--total-budget"],
     "retex-refine": ["--refine", "--total-budget"],
@@ -42,6 +45,8 @@ OURS: dict[str, list[str]] = {
 }
 """Rows of retex's own: name -> what is typed after ``fit-offsets`` and before the size. Sizes are per task, so as a
 total they are shared out over tasks by need; in ``retex-even`` every task has as much as any other."""
+DECIDING = ("offsets", "models/distil.py", "models/student.py", "commands/refine.py")
+"""The sources that decide what retex's rows hold."""
 
 Entry = dict[str, object]
 
@@ -101,24 +106,27 @@ def _entry(field: Field, bytes_: float, took: float, scores: Entry) -> Entry:
     return {"bytes_per_task": bytes_, "fraction": bytes_ / field.expert_bytes, **scores, "fit_s": took}
 
 
-def all_rows(field: Field, folder: Path, merged: Path) -> Iterator[Row]:
+def all_rows(field: Field, folder: Path, merged: Path, suite: str, *, rivals: bool) -> Iterator[Row]:
     """The merged checkpoint alone, retex, and every rival at every size."""
-    mine = digest(ROOT / "src")
+    mine = digest(*(ROOT / "src" / "retex_cli" / place for place in DECIDING))
     yield Row("merged", "alone", mine, lambda: _entry(field, 0, 0, field.scores(lambda _: field.tensors(field.merged))))
     for name, options in OURS.items():
-        for budget in BUDGETS:
+        for budget in REFINED[suite] if "--refine" in options else BUDGETS:
             yield Row(name, budget, mine, lambda b=budget, o=options: ours(field, folder, merged, b, o))
+    if not rivals:
+        return
     case = cache(field.case)
     theirs = digest(Path(__file__).parent / "rivals")
     for form in forms(len(field.tasks)):
         yield Row(form.name, form.size, theirs, lambda form=form: rival(field, case(), form))
 
 
-def digest(folder: Path) -> str:
-    """Of all sources in a folder."""
+def digest(*places: Path) -> str:
+    """Of sources: files, and all of them in folders."""
     state = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        state.update(file.read_bytes())
+    for place in places:
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            state.update(file.read_bytes())
     return state.hexdigest()
 
 
@@ -153,7 +161,7 @@ def run(rows: Iterable[Row], kept: Callable[[Row], Path], fresh: bool) -> list[E
 def main() -> None:
     """Read the command line, measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite")
+    parser.add_argument("suite", choices=REFINED)
     parser.add_argument("--rows", type=int, help="test rows a task, drawn once; default: all")
     parser.add_argument("--forms", help="only these, by comma")
     parser.add_argument("--merge", default="average", metavar="METHOD", help="what all start from")
@@ -169,7 +177,9 @@ def main() -> None:
         retex(folder, "merge", "--method", arguments.merge, "-o", str(merged))
         field = Field(folder, merged, arguments.rows)
         chosen = set(arguments.forms.split(",")) if arguments.forms else None
-        rows = [row for row in all_rows(field, folder, merged) if chosen is None or row.form in chosen]
+        alone = arguments.merge == "average" and not arguments.seed
+        every = all_rows(field, folder, merged, arguments.suite, rivals=alone)
+        rows = [row for row in every if chosen is None or row.form in chosen]
         fingerprint = field.fingerprint()
         entries = run(rows, lambda row: place(suite, fingerprint, row), arguments.fresh)
     if chosen is None:

@@ -40,14 +40,61 @@ def above(rival: Entry, entries: Sequence[Entry]) -> str:
     return "above retex, inside its interval" if inside else "**above retex**"
 
 
+def suites() -> dict[str, list[Entry]]:
+    """The measured rows of every suite, merge and seed, by name."""
+    result = load(NAME) or {}
+    return {suite: cast("list[Entry]", rows) for suite, rows in result.items() if suite != "provenance"}
+
+
 def pareto_tables() -> str:
-    """One table for every suite that was measured; empty where none was."""
+    """A table for every suite that was measured, with its picture where there are rivals in it."""
+    result = load(NAME)
+    if result is None:
+        return "\nNothing measured yet: run `benchmarks/pareto.py text8` and `vision6`.\n"
+    parts = [_table(suite, rows) for suite, rows in suites().items()]
+    return "\n" + _HEAD + "\n" + "\n".join(parts) + "\n" + source(NAME, result)
+
+
+def ours_table() -> str:
+    """For the README: retex alone, beside the best rival of at most twice the size."""
     result = load(NAME)
     if result is None:
         return ""
-    suites = {suite: cast("list[Entry]", rows) for suite, rows in result.items() if suite != "provenance"}
-    parts = [_table(suite, rows) for suite, rows in suites.items()]
-    return _HEAD + "\n" + "\n".join(parts) + "\n" + source(NAME, result)
+    text = (
+        "**Accuracy against bytes**: full test sets, task and head known, share of the experts' own accuracy in "
+        "percent; in brackets 95 % of bootstrap samples. Sizes are bytes of a task on average, shared out by need; the "
+        "last column has the best of other forms within twice the bytes ([docs/offsets.md](docs/offsets.md)).\n\n"
+    )
+    pictures = [suite for suite, rows in suites().items() if _rivals(rows)]
+    text += "".join(f"![{suite}: accuracy against bytes](docs/{picture(suite)})\n" for suite in pictures) + "\n"
+    text += row(["suite", "", "% of an expert", "mean", "worst task", "agreement", "others within twice the bytes"])
+    text += "|---" * 7 + "|\n"
+    for suite, rows in suites().items():
+        for entry in rows:
+            if entry["form"] in ("retex", "retex-refine"):
+                how = "`--refine`" if entry["form"] == "retex-refine" else "data-free"
+                fraction = number(entry, "fraction")
+                shares = [_with_interval(entry, "mean", "interval"), _with_interval(entry, "worst", "worst_interval")]
+                others = _best_within(2 * fraction, rows)
+                text += row([suite, how, f"{100 * fraction:.3g}", *shares, percent(entry["agreement"]), others])
+    return text + "\n" + source(NAME, result) + "\n"
+
+
+def _rivals(rows: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in rows if not is_ours(entry) and entry["form"] != ALONE]
+
+
+def _best_within(fraction: float, rows: Sequence[Entry]) -> str:
+    smaller = [entry for entry in _rivals(rows) if number(entry, "fraction") <= fraction]
+    if not smaller:
+        return "-" if not _rivals(rows) else "none is as small"
+    best = max(smaller, key=lambda entry: number(entry, "mean"))
+    return f"{percent(best['mean'])} ({best['form']}, {100 * number(best, 'fraction'):.3g} %)"
+
+
+def _with_interval(entry: Entry, key: str, interval: str) -> str:
+    low, high = cast("list[float]", entry[interval])
+    return f"{percent(entry[key])} [{percent(low)}, {percent(high)}]"
 
 
 _HEAD = """\
@@ -59,9 +106,10 @@ retex does, the offsets from the merged checkpoint, unless the last column says 
 
 def _table(suite: str, entries: Sequence[Entry]) -> str:
     text = f"### {suite}\n\n"
+    if _rivals(entries):
+        text += f"![accuracy against bytes]({picture(suite)})\n\n"
     text += row(["form", "size", "bytes a task", "%", "mean", "worst task", "agreement", ""]) + "|---" * 8 + "|\n"
     for entry in sorted(entries, key=lambda entry: number(entry, "bytes_per_task")):
-        low, high = cast("list[float]", entry["interval"])
         remarks = filter(None, [above(entry, entries), str(entry.get("note", ""))])
         name = f"**{entry['form']}**" if is_ours(entry) else str(entry["form"])
         text += row(
@@ -70,13 +118,18 @@ def _table(suite: str, entries: Sequence[Entry]) -> str:
                 str(entry["size"]),
                 f"{number(entry, 'bytes_per_task'):,.0f}",
                 f"{100 * number(entry, 'fraction'):.3g}",
-                f"{percent(entry['mean'])} [{percent(low)}, {percent(high)}]",
+                _with_interval(entry, "mean", "interval"),
                 percent(entry["worst"]),
                 percent(entry["agreement"]),
                 "; ".join(remarks),
             ]
         )
     return text
+
+
+def picture(suite: str) -> str:
+    """The file of a suite's picture, in ``docs/``."""
+    return f"pareto-{re.sub('[^A-Za-z0-9]+', '-', suite)}.svg"
 
 
 def plot(suite: str, entries: Sequence[Entry]) -> Path:
@@ -102,7 +155,7 @@ def plot(suite: str, entries: Sequence[Entry]) -> Path:
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    path = DOCS / f"pareto-{re.sub('[^A-Za-z0-9]+', '-', suite)}.svg"
+    path = DOCS / picture(suite)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path

@@ -274,6 +274,8 @@ def serving_tables() -> str:
 
 def readme_tables() -> str:
     """Everything between the README's ``measured`` marks."""
-    accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), _budgets("text8")]
+    from pareto_tables import ours_table
+
+    accuracy = [_demo("text4"), _demo("text8"), _budgets("text4"), ours_table()]
     parts = [*accuracy, _lossless(), _speed(), _offsets_speed(), _recovery(), _switching(), _architectures()]
     return "\n" + "".join(parts) if any(parts) else "\nNothing measured yet: run the scripts in `benchmarks/`.\n"

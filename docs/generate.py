@@ -162,12 +162,12 @@ _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor"
 def pages() -> dict[str, str]:
     """Path relative to this folder to text, of every generated page."""
     from identify_tables import identification_page
+    from pareto_tables import pareto_tables
     from tables import readme_tables, serving_tables
 
     pages = {"cli.md": cli_page(), "methods.md": methods_page(), "identification.md": identification_page()}
-    return pages | {
-        name: _measured(name, of()) for name, of in (("../README.md", readme_tables), ("serving.md", serving_tables))
-    }
+    measured = {"../README.md": readme_tables, "serving.md": serving_tables, "offsets.md": pareto_tables}
+    return pages | {name: _measured(name, tables()) for name, tables in measured.items()}
 
 
 def _measured(name: str, tables: str) -> str:

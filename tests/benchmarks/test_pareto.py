@@ -74,8 +74,9 @@ def test_grams_are_of_the_experts_own_inputs(field: Field) -> None:
     assert not torch.equal(grams["cars"][name], grams["dtd"][name])
 
 
-def test_retex_itself_through_its_commands(field: Field, made: Path) -> None:
-    entry = pareto.ours(field, made, made / "merged", "20%", [])
+@pytest.mark.parametrize("name", ["retex", "retex-even"])
+def test_retex_itself_through_its_commands(field: Field, made: Path, name: str) -> None:
+    entry = pareto.ours(field, made, made / "merged", "20%", pareto.OURS[name])
     assert 0 < entry["fraction"] <= 0.2
     assert entry["agreement"] > 0.9
 
@@ -110,9 +111,14 @@ def test_a_run_goes_on_where_it_stopped(rows, tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_row_has_a_name_of_its_own(field: Field, made: Path) -> None:
-    found = [(row.form, row.size) for row in pareto.all_rows(field, made, made / "merged")]
+    def names(*, rivals: bool) -> list[tuple[str, str]]:
+        rows = pareto.all_rows(field, made, made / "merged", "text8", rivals=rivals)
+        return [(row.form, row.size) for row in rows]
+
+    found = names(rivals=True)
     assert len(set(found)) == len(found)
     assert {form for form, _ in found} >= {"merged", "retex", "bitdelta", "tall-masks", "ultradelta-style"}
+    assert {form for form, _ in names(rivals=False)} == {"merged", *pareto.OURS}
 
 
 def entry(form: str, fraction: float, mean: float, width: float = 0.0) -> dict[str, object]:

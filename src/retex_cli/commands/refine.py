@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,8 +33,9 @@ from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
-TEXTS = Schedule(steps=320, batch_size=16, rate=0.02)
-OTHERS = Schedule(steps=320, batch_size=32)
+TEXTS = Schedule(steps=240, batch_size=16, rate=0.04)
+OTHERS = Schedule(steps=240, batch_size=32, rate=0.02)
+"""Rates are for offsets of which nothing is kept yet: the finer a file is, the smaller are the steps that help it."""
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""
 SLOW = 30
@@ -116,17 +117,19 @@ class Refiner:
             self._settle_batchnorm(fit, fitter, network, rows)
             fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
             try:
-                trainable = Trainable(fitter.components())
+                kept = fitter.components()
             finally:
                 fitter.budget = budget
         except BudgetTooSmall:
             return fitter.finish()  # one component: nothing to train
+        trainable, schedule = Trainable(kept), self._schedule(fit.task)
+        schedule = replace(schedule, rate=schedule.rate * fitter.left_out(kept))
         self.models.load_merged(network, fit.task, self._merged(fit))
         student = Student(network.module)
         names = {name: network.own_name(fit.alignment.shared[name]) for name in trainable.names}
         learner = _Learner(trainable, names, student)
         distil(
-            teacher, network, student, learner, rows, self._schedule(fit.task),
+            teacher, network, student, learner, rows, schedule,
             seed=self.seed, threads=self.threads, progress=_Slow(progress),
         )  # fmt: skip
         found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}

@@ -30,6 +30,8 @@ SETTLE = 16
 WARMUP = 10
 BEGINNING = 0.5
 """How often a text longer than the network reads is read from its beginning, as it is in use."""
+FEATURES = 10.0
+"""How much the loss of hidden features counts beside that of answers: they say more of each input."""
 JITTER = 0.3
 """How far an input may stray from its place in the order of lengths, as a share of all inputs."""
 
@@ -180,7 +182,7 @@ def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[T
         features = _feature_loss(found, wanted, part.get("attention_mask"))
         answers = answer_loss(answer, wanted_answer)
         share = len(next(iter(part.values()))) / count
-        gradients = torch.autograd.grad(share * (features + answers), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(share * (FEATURES * features + answers), leaves, allow_unused=True)
         return list(gradients), Loss(share * float(features.detach()), share * float(answers.detach()))
 
     total = Loss(0.0, 0.0)

@@ -150,6 +150,18 @@ class OffsetFitter:
         """What ``finish`` keeps, as it is before it is coded, by tensor name. Raises ``BudgetTooSmall``."""
         return self._kept(self._within(self.budget)[0])
 
+    def left_out(self, kept: Mapping[str, Kept]) -> float:
+        """The share of all energy that is expected to be missing with ``kept``, by the weights of the tensors."""
+        missing = whole = 0.0
+        for (name, _), candidate in zip(self._layout, self.candidates(), strict=True):
+            levels = kept[name].levels if name in kept else ()
+            left = candidate.energies.copy()
+            left[: len(levels)] *= 1 - candidate.kept[np.array(levels, dtype=np.int64)]
+            rest = candidate.rest * self.weights.get(name, 1.0)
+            missing += float(left.sum()) + rest
+            whole += float(candidate.energies.sum()) + rest
+        return missing / whole if whole else 0.0
+
     def _within(self, budget: int) -> tuple[Levels, bytes]:
         candidates = self.candidates()
         best, best_levels = b"", self._none()
