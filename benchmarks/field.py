@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,8 @@ class Field:
 
     def __init__(self, folder: Path, merged: Path, rows: int | None = None) -> None:
         space = Workspace.load(folder)
+        if space.model and str(folder.resolve()) not in sys.path:
+            sys.path.insert(0, str(folder.resolve()))  # where the module lies that builds a network of its own
         base = open_checkpoint(space.need_base(None))
         references = space.with_experts({})
         experts = {task: open_expert(reference, base) for task, reference in references.items()}
