@@ -38,13 +38,9 @@ from retex_cli.io.checkpoint import open_checkpoint
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
 REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%", "2%")}
 """What ``--refine``, which takes minutes a task, is measured at."""
-OURS: dict[str, list[str]] = {
-    "retex": ["--total-budget"],
-    "retex-refine": ["--refine", "--total-budget"],
-    "retex-even": ["--budget"],
-}
-"""Rows of retex's own: name -> what is typed after ``fit-offsets`` and before the size. Sizes are per task, so as a
-total they are shared out over tasks by need; in ``retex-even`` every task has as much as any other."""
+OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
+"""Rows of retex's own: name -> what is typed after ``fit-offsets --total-budget SIZE``. A size in percent is one of a
+task on average, shared out over tasks by need."""
 DECIDING = ("offsets", "models/distil.py", "models/student.py", "commands/refine.py")
 """The sources that decide what retex's rows hold."""
 
@@ -75,7 +71,7 @@ def ours(field: Field, folder: Path, merged: Path, budget: str, options: Sequenc
     """retex itself: the command lines that a user types, and the experts that they write."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         offsets, expert = Path(name) / "offsets.safetensors", Path(name) / "expert.safetensors"
-        line = ["fit-offsets", "--merged", str(merged), "-o", str(offsets), *options, budget]
+        line = ["fit-offsets", "--merged", str(merged), "-o", str(offsets), "--total-budget", budget, *options]
         started = time.monotonic()
         report = retex(folder, *line)
         took = time.monotonic() - started

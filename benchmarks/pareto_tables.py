@@ -18,7 +18,7 @@ Entry = dict[str, object]
 
 def is_ours(entry: Entry) -> bool:
     """retex itself, in any of its rows."""
-    return str(entry["form"]) in ("retex", "retex-refine", "retex-even")
+    return str(entry["form"]) in ("retex", "retex-refine")
 
 
 def number(entry: Entry, key: str) -> float:
@@ -71,7 +71,7 @@ def ours_table() -> str:
     text += "|---" * 7 + "|\n"
     for suite, rows in suites().items():
         for entry in rows:
-            if entry["form"] in ("retex", "retex-refine"):
+            if is_ours(entry):
                 how = "`--refine`" if entry["form"] == "retex-refine" else "data-free"
                 fraction = number(entry, "fraction")
                 shares = [_with_interval(entry, "mean", "interval"), _with_interval(entry, "worst", "worst_interval")]
