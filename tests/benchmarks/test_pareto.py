@@ -123,7 +123,7 @@ def test_every_row_has_a_name_of_its_own(field: Field, made: Path) -> None:
 def entry(form: str, fraction: float, mean: float, width: float = 0.0) -> dict[str, object]:
     return {
         "form": form, "size": "", "bytes_per_task": 1e6 * fraction, "fraction": fraction, "mean": mean, "worst": mean,
-        "agreement": mean, "interval": [mean - width, mean + width],
+        "agreement": mean, "interval": [mean - width, mean + width], "worst_interval": [mean - width, mean + width],
     }  # fmt: skip
 
 
@@ -158,4 +158,21 @@ def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pareto_tables.plot("text4 on ties", entries)
     assert path.read_bytes() == first
     monkeypatch.setattr(pareto_tables, "load", lambda _: None)
-    assert pareto_tables.pareto_tables() == ""
+    assert "Nothing measured yet" in pareto_tables.pareto_tables()
+    assert pareto_tables.ours_table() == ""
+
+
+def test_the_readme_has_ours_and_what_others_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "text4": [entry("retex", 0.01, 0.98), entry("svd", 0.015, 0.9), entry("svd", 0.03, 0.99)],
+        "text4 on ties": [entry("retex-refine", 0.01, 0.97)],
+        "provenance": {"commit": "c" * 40, "cores": 2, "processor": "p"},
+    }
+    monkeypatch.setattr(pareto_tables, "load", lambda _: found)
+    text = pareto_tables.ours_table()
+    assert "docs/pareto-text4.svg" in text
+    assert "ties.svg" not in text, "nobody else is in it"
+    rows = [line for line in text.splitlines() if line.startswith("| text4")]
+    assert ["data-free" in rows[0], "`--refine`" in rows[1]] == [True, True]
+    assert "90.00 (svd, 1.5 %)" in rows[0]
+    assert rows[1].endswith("| - |")
