@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.identifier import Identification, Identifier, read_inputs
+from retex_cli.commands.blocks import Block, take_in
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import GateMissed, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
-from retex_cli.io.inputs import BadInput
 from retex_cli.io.output import Output
-from retex_cli.io.provenance import TensorHash, checkpoint_digests, fingerprint, tensor_digest
+from retex_cli.io.provenance import TensorDigest, checkpoint_digests, fingerprint, known_digests
 from retex_cli.io.writer import TensorSpec, Writer, open_output
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.predict import Predictor
 from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress
 
+if TYPE_CHECKING:
+    from retex_cli.commands.identifier import Identification
+
 AUTO = "auto"
 NEGLIGIBLE = 1e-6
 """Shares of a soft mix below this are left out."""
+AHEAD = 4
+"""Blocks that wait to be written or hashed, besides those that are being made."""
 
 
 @dataclass(frozen=True)
@@ -229,35 +236,80 @@ def _stream(
     writer: Writer,
     progress: Progress,
 ) -> None:
-    file, exact = plan.file, plan.file.is_exact(plan.embedding, plan.head)
+    file, hashes = plan.file, _Hashes(plan)
     progress.start(f"recovering {plan.head}", len(parts))
 
-    def make(part: Part) -> tuple[bytes, TensorHash, Tensor]:
-        merged = None if part.merged is None else file.merged.read(part.merged)
-        digest = b"" if merged is None else tensor_digest(merged)
-        value = file.make(part, merged, predictor, plan.embedding, plan.head, device)
-        made = (value.dtype, tuple(value.shape), tensor_digest(value) if exact else b"")
-        return digest, made, value.to("cpu", part.spec.dtype).reshape(-1)
+    def make(job: tuple[Part, Block]) -> _Made:
+        part, block = job
+        merged = file.source(part, block)
+        value = block.make(merged, None)
+        return _Made(part, block, merged, value, value.to("cpu", part.spec.dtype))
 
-    digests, result = {}, {}
-    for part, (digest, made, value) in zip(parts, ordered_map(make, parts, threads), strict=True):
-        writer.write(value)
-        result[part.spec.name] = made
-        if part.merged is not None:
-            digests[part.merged] = digest
-        progress.advance()
-    for name in file.merged.tensors:
-        if name not in digests:
-            digests[name] = tensor_digest(file.merged.read(name))
-    file.check_merged(digests)
-    if exact:
-        file.check_expert(plan.head, fingerprint(result))
+    def blocks() -> Iterator[tuple[Part, Block]]:
+        for part in parts:
+            for block in file.blocks(part, predictor, plan.embedding, plan.head, device):
+                yield part, block
+
+    hashing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as beside:
+        for made in ordered_map(make, blocks(), threads, AHEAD):
+            hashing.append(beside.submit(hashes.take, made))
+            writer.write(made.written)
+            while len(hashing) > AHEAD:
+                hashing.popleft().result()
+            progress.advance(made.block.at + made.value.numel() == math.prod(made.part.spec.shape))
+        for hashed in hashing:
+            hashed.result()
+    hashes.check(threads)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One block: of which tensor, the merged elements that it was made from, and what is written in the end."""
+
+    part: Part
+    block: Block
+    merged: Tensor
+    value: Tensor
+    written: Tensor
+
+
+class _Hashes:
+    """SHA-256 of the merged tensors, but for those that are known from before, and of an exact expert's."""
+
+    def __init__(self, plan: RecoverPlan) -> None:
+        self._plan, self._exact = plan, plan.file.is_exact(plan.embedding, plan.head)
+        self._known = known_digests(plan.file.merged)
+        self._merged: dict[str, TensorDigest] = {}
+        self._expert: dict[str, TensorDigest] = {}
+
+    def take(self, made: _Made) -> None:
+        """The blocks of all tensors, in order."""
+        name = made.part.merged
+        if name is not None and name not in self._known:
+            self._merged.setdefault(name, TensorDigest()).update(made.merged)
+        if self._exact:
+            take_in(self._expert.setdefault(made.part.spec.name, TensorDigest()), made.block, made.value)
+
+    def check(self, threads: int) -> None:
+        """After the last block: RetexError unless these were the offsets' merged checkpoint and the very expert."""
+        file = self._plan.file
+        found = {name: digest.digest() for name, digest in self._merged.items()}
+        file.check_merged(checkpoint_digests(file.merged, threads, found))
+        if self._exact:
+            nothing = TensorDigest()
+            specs = [part.spec for part in file.parts(self._plan.head)]
+            made = {s.name: (s.dtype, s.shape, self._expert.get(s.name, nothing).digest()) for s in specs}
+            file.check_expert(self._plan.head, fingerprint(made))
 
 
 def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, RecoverPlan]:
     config = plan.config
     if config.signatures is None:
         raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
+    from retex_cli.commands.identifier import Identifier, read_inputs
+    from retex_cli.io.inputs import BadInput
+
     identifier = Identifier.open(config.signatures, config.merged, config.device, progress, model=config.model)
     items = list(read_inputs(config.input))
     progress.start("identifying", len(items))
@@ -303,5 +355,4 @@ def tensors_of(
     chosen = task if encoder is None else encoder
     embedding = {chosen: 1.0} if chosen else {}
     for part in file.parts(task):
-        merged = None if part.merged is None else file.merged.read(part.merged)
-        yield part.spec.name, file.make(part, merged, predictor, embedding, task, torch.device("cpu"))
+        yield part.spec.name, file.make(part, predictor, embedding, task)
