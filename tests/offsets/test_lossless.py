@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retex_cli.io.provenance import tensor_digest
-from retex_cli.offsets import blocks, lossless
+from retex_cli.offsets import lossless
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import Prediction
 from retex_cli.offsets.lossless import Correction, OtherPrediction
@@ -124,7 +124,7 @@ def test_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     merged = noise(100, 30)
     expert = merged + 1e-3 * noise(100, 30, seed=1)
     pair = Factors(1e-3 * noise(100, 2), noise(2, 30))
-    monkeypatch.setattr(blocks, "BLOCK", 700)
+    monkeypatch.setattr(lossless, "TOGETHER", 700)
     there_and_back(expert, Prediction(merged, pair, torch.float32))
 
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.blocks import Block, take_in
+from retex_cli.allocator import give_back_large
+from retex_cli.commands.expert_stream import Recovery, stream
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import GateMissed, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
 from retex_cli.io.output import Output
-from retex_cli.io.provenance import TensorDigest, checkpoint_digests, fingerprint, known_digests
-from retex_cli.io.writer import TensorSpec, Writer, open_output
+from retex_cli.io.provenance import checkpoint_digests
+from retex_cli.io.writer import TensorSpec, open_output
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.predict import Predictor
-from retex_cli.parallel import ordered_map, thread_count
+from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 NEGLIGIBLE = 1e-6
 """Shares of a soft mix below this are left out."""
-AHEAD = 4
-"""Blocks that wait to be written or hashed, besides those that are being made."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,8 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         if left_out:
             names = ", ".join(left_out)
             progress.note(f"the exact correction of {names} is not used: it is for one task alone, with its own head")
-    predictor = file.predictor(plan.embedding)
+    give_back_large()
+    recovery = Recovery(file, file.predictor(plan.embedding), plan.embedding, plan.head, device)
     parts = plan.parts()
     threads = thread_count(config.threads)
     if plan.output.kind == "stdout":  # what has gone down a pipe cannot be taken back: check first
@@ -221,86 +218,10 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         max_shard_size=config.max_shard_size,
         side_files=file.side_files(plan.head) if plan.output.kind == "folder" else {},
     ) as writer:
-        _stream(plan, parts, predictor, device, threads, writer, progress)
+        stream(recovery, parts, writer, threads, progress)
     return RecoverReport(
         config.output, plan.embedding, plan.head, identified, len(parts), sum(part.spec.nbytes for part in parts)
     )
-
-
-def _stream(
-    plan: RecoverPlan,
-    parts: list[Part],
-    predictor: Predictor,
-    device: torch.device,
-    threads: int,
-    writer: Writer,
-    progress: Progress,
-) -> None:
-    file, hashes = plan.file, _Hashes(plan)
-    progress.start(f"recovering {plan.head}", len(parts))
-
-    def make(job: tuple[Part, Block]) -> _Made:
-        part, block = job
-        merged = file.source(part, block)
-        value = block.make(merged, None)
-        return _Made(part, block, merged, value, value.to("cpu", part.spec.dtype))
-
-    def blocks() -> Iterator[tuple[Part, Block]]:
-        for part in parts:
-            for block in file.blocks(part, predictor, plan.embedding, plan.head, device):
-                yield part, block
-
-    hashing: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as beside:
-        for made in ordered_map(make, blocks(), threads, AHEAD):
-            hashing.append(beside.submit(hashes.take, made))
-            writer.write(made.written)
-            while len(hashing) > AHEAD:
-                hashing.popleft().result()
-            progress.advance(made.block.at + made.value.numel() == math.prod(made.part.spec.shape))
-        for hashed in hashing:
-            hashed.result()
-    hashes.check(threads)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """One block: of which tensor, the merged elements that it was made from, and what is written in the end."""
-
-    part: Part
-    block: Block
-    merged: Tensor
-    value: Tensor
-    written: Tensor
-
-
-class _Hashes:
-    """SHA-256 of the merged tensors, but for those that are known from before, and of an exact expert's."""
-
-    def __init__(self, plan: RecoverPlan) -> None:
-        self._plan, self._exact = plan, plan.file.is_exact(plan.embedding, plan.head)
-        self._known = known_digests(plan.file.merged)
-        self._merged: dict[str, TensorDigest] = {}
-        self._expert: dict[str, TensorDigest] = {}
-
-    def take(self, made: _Made) -> None:
-        """The blocks of all tensors, in order."""
-        name = made.part.merged
-        if name is not None and name not in self._known:
-            self._merged.setdefault(name, TensorDigest()).update(made.merged)
-        if self._exact:
-            take_in(self._expert.setdefault(made.part.spec.name, TensorDigest()), made.block, made.value)
-
-    def check(self, threads: int) -> None:
-        """After the last block: RetexError unless these were the offsets' merged checkpoint and the very expert."""
-        file = self._plan.file
-        found = {name: digest.digest() for name, digest in self._merged.items()}
-        file.check_merged(checkpoint_digests(file.merged, threads, found))
-        if self._exact:
-            nothing = TensorDigest()
-            specs = [part.spec for part in file.parts(self._plan.head)]
-            made = {s.name: (s.dtype, s.shape, self._expert.get(s.name, nothing).digest()) for s in specs}
-            file.check_expert(self._plan.head, fingerprint(made))
 
 
 def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, RecoverPlan]:

@@ -19,9 +19,9 @@ def columns_of(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
-def row_blocks(rows: int, columns: int, size: int | None = None) -> list[Span]:
-    """Runs of whole rows of about ``size`` entries (BLOCK), at least one row each; none of an empty matrix."""
-    step = max(1, (size or BLOCK) // max(columns, 1))
+def row_blocks(rows: int, columns: int, size: int) -> list[Span]:
+    """Runs of whole rows of about ``size`` entries, at least one row each; none of an empty matrix."""
+    step = max(1, size // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)] if columns else []
 
 

@@ -33,6 +33,8 @@ __all__ = ["TYPES", "Correction", "OtherPrediction", "checked", "encode", "noise
 
 EQUAL, PLAIN, OFFSET = range(3)
 """What a row is predicted by: it is the merged row; the merged row; the merged row and the offset."""
+TOGETHER = 1 << 18
+"""Entries that are coded together, in whole rows: a part of the format."""
 FINE, COARSE, NEAR = 4, 20, 28
 """Contexts below FINE share the bits below the coded ones; below COARSE none are raw; below NEAR: close to zero."""
 WINDOW = 64
@@ -52,7 +54,7 @@ def encode(expert: Tensor, prediction: Prediction) -> bytes:
     data = bytearray()
     rows, columns = prediction.shape
     matrix = expert.reshape(rows, columns)
-    for start, stop in row_blocks(rows, columns):
+    for start, stop in row_blocks(rows, columns, TOGETHER):
         block = _encode_block(matrix[start:stop], prediction, start)
         data += len(block).to_bytes(4, "little") + block
     if len(data) >= expert.numel() * expert.dtype.itemsize:
@@ -78,7 +80,7 @@ class Correction:
         if len(head) < _CHECK + _DIGEST or _checksum(read, _CHECK, size) != head[:_CHECK]:
             raise CorruptOffsets("its checksum is not the one stored with it")
         self._digest = head[_CHECK:]
-        self.blocks = row_blocks(rows, columns)
+        self.blocks = row_blocks(rows, columns, TOGETHER)
         self._verbatim = size - len(head) == rows * columns * dtype.itemsize
         self._places = self._found(len(head), size)
 

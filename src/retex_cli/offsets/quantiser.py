@@ -106,7 +106,9 @@ def dequantise(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:
     """Decoded entries (float32) of ``symbols`` (integer, any shape)."""
     if not symbols.numel():
         return torch.zeros(symbols.shape)
-    return Levels(symbols.flatten(), level, shifts).take(0, symbols.numel()).reshape(symbols.shape)
+    values = torch.empty(symbols.shape)
+    Levels(symbols.flatten(), level, shifts).take(0, values.view(-1))
+    return values
 
 
 class Levels:
@@ -118,14 +120,19 @@ class Levels:
         self._low, high = int(found.min(initial=0)), int(found.max(initial=0))
         few = high - self._low < len(symbols)
         self._table = _values(torch.arange(self._low, high + 1), level, shifts) if few else None
+        small = self._low >= -1 and high <= 1
+        self._one = float(_values(torch.ones(1), level, shifts)) if small else None
 
-    def take(self, start: int, stop: int) -> Tensor:
-        """Entries ``[start, stop)``, float32."""
-        symbols = self._symbols[start:stop]
-        if self._table is None:
-            return _values(symbols.long(), self._level, self._shifts)
-        wide = symbols if symbols.dtype == torch.int64 else symbols.to(torch.int32)
-        return self._table.index_select(0, wide - self._low)  # a look-up is all it takes where many are alike
+    def take(self, start: int, out: Tensor) -> None:
+        """Entries from ``start`` on into ``out``, float32 and flat."""
+        symbols = self._symbols[start : start + len(out)]
+        if self._one is not None:
+            torch.mul(symbols, self._one, out=out)  # which is what most entries of most files are
+        elif self._table is not None:
+            wide = symbols if symbols.dtype == torch.int64 else symbols.to(torch.int32)
+            torch.index_select(self._table, 0, wide - self._low, out=out)  # a look-up is all it takes for many entries
+        else:
+            out.copy_(_values(symbols.long(), self._level, self._shifts))
 
 
 def _values(symbols: Tensor, level: int, shifts: list[int]) -> Tensor:

@@ -218,16 +218,21 @@ class _Decoded(Mapping[str, Factors]):
 
     def __getitem__(self, name: str) -> Factors:
         tensor = self._plan[name]
-        lefts = [self._take(*run.left, run.components, tensor.left) for run in tensor.runs]
-        scales = torch.tensor([scale_value(scale) for scale in tensor.scales])
-        left = (torch.cat(lefts).mul_(scales[:, None])).t()  # columns lie side by side as they are stored
+        count = len(tensor.scales)
+        left = self._vectors([(*run.left, run.components) for run in tensor.runs], count, tensor.left)
+        left.mul_(torch.tensor([scale_value(scale) for scale in tensor.scales])[:, None])
         if not tensor.right:
-            return Factors(left, None)
-        rights = [self._take(*run.right, run.components, tensor.right) for run in tensor.runs]
-        return Factors(left, torch.cat(rights).div_(math.sqrt(tensor.right)))
+            return Factors(left.t(), None)
+        right = self._vectors([(*run.right, run.components) for run in tensor.runs], count, tensor.right)
+        return Factors(left.t(), right.div_(math.sqrt(tensor.right)))  # left columns lie side by side, as stored
 
-    def _take(self, context: Context, start: int, components: int, entries: int) -> Tensor:
-        return self._pools[context].take(start, start + components * entries).view(components, entries)
+    def _vectors(self, runs: Sequence[tuple[Context, int, int]], count: int, entries: int) -> Tensor:
+        """float32 [count, entries] from runs of some vectors in a context, from a position on."""
+        vectors, done = torch.empty(count, entries), 0
+        for context, start, components in runs:
+            self._pools[context].take(start, vectors[done : done + components].view(-1))
+            done += components
+        return vectors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan)
