@@ -162,7 +162,9 @@ def main() -> None:
         if arguments.make:
             return
         if arguments.recovery:
-            found = {**before()[arguments.model], **recovered(folder.absolute(), arguments.repeat)}
+            last = before()[arguments.model]
+            fitted = {"fit_commit": last.get("fit_commit", last["commit"])}
+            found = {**last, **fitted, **recovered(folder.absolute(), arguments.repeat)}
         else:
             found = measured(folder.absolute(), arguments.model, arguments.repeat)
     print(f"wrote {write('offsets_speed', kept(arguments.model, found))}")

@@ -18,7 +18,7 @@ from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.parallel import ordered_map
 from retex_cli.progress import Progress
 
-GROUP = 8
+GROUP = 4
 """Blocks of a tensor that one thread makes and writes one after the other: waking another takes as long as a block."""
 AHEAD = 2
 """Groups that wait for what is left to do with them, besides those that are being made."""

@@ -204,7 +204,7 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         if left_out:
             names = ", ".join(left_out)
             progress.note(f"the exact correction of {names} is not used: it is for one task alone, with its own head")
-    give_back_large()
+    give_back_large(16 << 20)  # blocks are used again: fresh memory costs as much as what is done in it
     recovery = Recovery(file, file.predictor(plan.embedding), plan.embedding, plan.head, device)
     parts = plan.parts()
     threads = thread_count(config.threads)

@@ -8,7 +8,7 @@ import torch
 
 Span = tuple[int, int]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Entries that a processor works on together: memory stays flat, and blocks fit where they are used."""
 ON_DEVICE = 1 << 22
 """The same elsewhere, where a launch costs more than memory."""
