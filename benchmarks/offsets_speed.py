@@ -92,23 +92,27 @@ def measured(folder: Path, name: str, repeat: int) -> dict[str, object]:
         fits[budget] = command(folder, "fit-offsets", *given)
         fits[budget]["file_mb"] = (folder / "offsets.safetensors").stat().st_size / 1e6
         print(f"fit within {budget}: {fits[budget]}", flush=True)
-    recover = ("recover", "--merged", "merged", "--offsets", "offsets.safetensors", "--task", "expert0", "-o")
+    merged = open_checkpoint(folder / "merged")
+    parameters = sum(info.numel for info in merged.tensors.values())
+    kind = str(subject.dtype).removeprefix("torch.")
+    what = f"a base and {subject.experts} experts of {parameters / 1e6:,.0f} M {kind} parameters"
+    made = {"what": what, "merged_mb": merged.nbytes / 1e6, "merge": merge, "fit": fits}
+    return {**made, "fit_commit": provenance()["commit"], **recovered(folder, repeat)}
+
+
+def recovered(folder: Path, repeat: int) -> dict[str, object]:
+    """Recovery into a new folder, a process that only plans it, and a plain copy into a new folder, in turns."""
+    recover = ("recover", "--merged", "merged", "--offsets", "offsets.safetensors", "--task", "expert0", "-o", "back")
     sides: dict[str, list[Measured]] = {"recover": [], "start": []}
     copies = []
     for _ in range(repeat):
-        sides["recover"].append(command(folder, *recover, "back", "--overwrite"))
-        sides["start"].append(command(folder, *recover, "back", "--overwrite", "--dry-run"))
+        sides["start"].append(command(folder, *recover, "--dry-run"))
+        sides["recover"].append(command(folder, *recover))
+        shutil.rmtree(folder / "back")
         copies.append(copy_seconds(folder / "merged", folder / "copy"))
     found = {side: {key: min(each[key] for each in runs) for key in runs[0]} for side, runs in sides.items()}
     print(f"{found}, copy {min(copies)} s", flush=True)
-    merged = open_checkpoint(folder / "merged")
-    parameters = sum(info.numel for info in merged.tensors.values())
-    for left in ("merged", "back"):
-        shutil.rmtree(folder / left)
-    kind = str(subject.dtype).removeprefix("torch.")
-    what = f"a base and {subject.experts} experts of {parameters / 1e6:,.0f} M {kind} parameters"
-    sizes = {"what": what, "merged_mb": merged.nbytes / 1e6, "copy_s": min(copies)}
-    return {**sizes, "merge": merge, "fit": fits, **found, "commit": provenance()["commit"]}
+    return {"copy_s": min(copies), **found, "commit": provenance()["commit"]}
 
 
 def missed(name: str, found: dict[str, object]) -> list[str]:
@@ -132,9 +136,14 @@ def missed(name: str, found: dict[str, object]) -> list[str]:
 
 def kept(name: str, found: dict[str, object]) -> dict[str, object]:
     """The record with this model's entry in the place of its last one."""
+    return {"models": {**before(), name: found}}
+
+
+def before() -> dict[str, dict[str, object]]:
+    """What was measured last, by model."""
     path = RESULTS / "offsets_speed.json"
-    before = json.loads(path.read_text())["models"] if path.is_file() else {}
-    return {"models": {**before, name: found}}
+    found: dict[str, dict[str, object]] = json.loads(path.read_text())["models"] if path.is_file() else {}
+    return found
 
 
 def main() -> None:
@@ -143,13 +152,21 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(SUBJECTS), default="gpt2")
     parser.add_argument("--folder", type=Path, help="where the models are made and left; default: a temporary folder")
     parser.add_argument("--repeat", type=int, default=3, help="of recovery, start and copy; the least counts")
+    parser.add_argument(
+        "--recovery", action="store_true", help="only recover, from what --folder has of an earlier run"
+    )
     parser.add_argument("--make", action="store_true", help="only make the models")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     arguments = parser.parse_args()
     with models(arguments.folder, arguments.model) as folder:
         if arguments.make:
             return
-        found = measured(folder.absolute(), arguments.model, arguments.repeat)
+        if arguments.recovery:
+            last = before()[arguments.model]
+            fitted = {"fit_commit": last.get("fit_commit", last["commit"])}
+            found = {**last, **fitted, **recovered(folder.absolute(), arguments.repeat)}
+        else:
+            found = measured(folder.absolute(), arguments.model, arguments.repeat)
     print(f"wrote {write('offsets_speed', kept(arguments.model, found))}")
     lines = missed(arguments.model, found)
     for line in lines:

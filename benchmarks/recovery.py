@@ -132,7 +132,7 @@ def decoder() -> list[dict[str, float]]:
         row = {"level": level, "bits": 8 * len(data) / count, "symbols": count}
         for name, function in (
             ("symbols", partial(coder.decode, data, max_symbols=2 * SYMBOLS)),
-            ("factors", partial(decode, data, [("weight", (left, right))])),
+            ("factors", lambda data=data: dict(decode(data, [("weight", (left, right))]))),
         ):
             row[f"{name}_m_per_s"] = count / best_seconds(function, time.process_time) / 1e6
         rows.append(row)

@@ -221,7 +221,9 @@ def _offsets_speed() -> str:
             cells = [entry["what"], f"{merge['wall_s']:.0f}", f"{merge['anon_mb']:.0f}"]
             cells += [budget.replace("%", " %"), f"{fit['wall_s']:.0f}", f"{fit['anon_mb']:.0f}"]
             text += row([*cells, *after, f"{times:.2f}"])
-    commits = {str(entry["commit"])[:10] for entry in models.values()}
+    commits = {
+        str(entry.get(key, entry["commit"]))[:10] for entry in models.values() for key in ("fit_commit", "commit")
+    }
     note = "" if len(commits) == 1 else f" Measured at {' and '.join(f'`{commit}`' for commit in sorted(commits))}.\n\n"
     return text + "\n" + note + source(name, result) + "\n"
 

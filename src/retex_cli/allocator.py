@@ -10,8 +10,8 @@ LARGE = 1 << 22
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
-def give_back_large() -> None:
-    """Have glibc return every large block when it is freed, wherever it came from; others do so anyway.
+def give_back_large(large: int = LARGE) -> None:
+    """Have glibc return every block of ``large`` bytes when it is freed, and keep others; the rest do so anyway.
 
     Left alone it raises its bound with every large block that is freed, up to 32 MB, and from then on keeps what
     spectral decompositions freed in one heap per thread: two to three times what is in use.
@@ -19,5 +19,5 @@ def give_back_large() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, LARGE)
-            mallopt(_M_TRIM_THRESHOLD, 4 * LARGE)
+            mallopt(_M_MMAP_THRESHOLD, large)
+            mallopt(_M_TRIM_THRESHOLD, 4 * large)

@@ -119,6 +119,18 @@ def test_chunks_may_end_anywhere(tmp_path: Path) -> None:
     assert same(read_all(tmp_path / "m"), tensors)
 
 
+def test_claimed_places_are_filled_in_any_order(tmp_path: Path) -> None:
+    with open_output(Output.parse(tmp_path / "m"), specs(), metadata={}, max_shard_size=40) as writer:
+        claims = [(writer.claim(t.numel(), t.dtype), t.reshape(-1)) for t in TENSORS.values()]
+        for claim, data in reversed(claims):
+            writer.fill(claim, data)
+        with pytest.raises(ValueError, match="not what the place was claimed for"):
+            writer.fill(claims[0][0], torch.zeros(3))
+    with open_checkpoint(tmp_path / "m") as found:
+        assert len(found.files) > 1
+        assert all(torch.equal(found.read(name), value) for name, value in TENSORS.items())
+
+
 def test_odd_sizes_are_laid_out_so_that_torch_can_view_them(tmp_path: Path) -> None:
     tensors = {"mask": torch.ones(3, dtype=torch.bool), "w": torch.arange(2.0), "ids": torch.arange(2)}
     write(tmp_path / "out.safetensors", tensors)

@@ -1,13 +1,19 @@
 """From an offset to bytes and back: exact at a generous budget, within budget at a small one, better with more."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
 import pytest
 import torch
 
+from retex_cli.offsets import blocks
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.decompose import as_matrix
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
-from retex_cli.offsets.stream import decode
+from retex_cli.offsets.stream import Factors, decode
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -42,7 +48,12 @@ def fit(deltas: dict[str, torch.Tensor], budget: int, lead: float = 0.0) -> byte
 
 def recovered(data: bytes) -> dict[str, torch.Tensor]:
     factors = decode(data, LAYOUT)
-    return {name: factors[name].delta(shape, CPU) if name in factors else torch.zeros(shape) for name, shape in LAYOUT}
+    return {name: delta(factors, name, shape) for name, shape in LAYOUT}
+
+
+def delta(factors: Mapping[str, Factors], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A decoded offset; zeros where there is none."""
+    return factors[name].delta(0, math.prod(shape)).view(shape) if name in factors else torch.zeros(shape)
 
 
 def error(deltas: dict[str, torch.Tensor], data: bytes) -> float:
@@ -118,22 +129,40 @@ def test_another_layout_is_refused(deltas: dict[str, torch.Tensor]) -> None:
 def test_the_predictor_is_linear_in_the_task_embedding(deltas: dict[str, torch.Tensor]) -> None:
     other = {name: torch.flip(delta, (0,)) if delta.ndim else delta for name, delta in deltas.items()}
     predictor = Predictor({"x": decode(fit(deltas, 900), LAYOUT), "y": decode(fit(other, 900), LAYOUT)})
-    shape = SHAPES["a.weight"]
-    x, y = (predictor.delta("a.weight", shape, {task: 1.0}, CPU) for task in "xy")
-    mixed = predictor.delta("a.weight", shape, {"x": 0.25, "y": 0.75}, CPU)
-    assert x is not None
-    assert y is not None
-    assert mixed is not None
+    mix = {"x": 0.25, "y": 0.75}
+    x, y, mixed = (offset(predictor, "a.weight", each) for each in ({"x": 1.0}, {"y": 1.0}, mix))
     assert not torch.allclose(x, y)
     torch.testing.assert_close(mixed, 0.25 * x + 0.75 * y)
-    given = torch.empty(shape)
-    assert predictor.delta("a.weight", shape, {"x": 0.25, "y": 0.75}, CPU, given) is given
-    assert torch.equal(given, mixed)
-    bias = predictor.delta("b.bias", (48,), {"x": 0.5, "y": 0.5}, CPU)
-    assert bias is not None
-    assert torch.equal(predictor.delta("b.bias", (48,), {"x": 0.5, "y": 0.5}, CPU), bias), "what is kept stays as it is"
-    assert predictor.delta("e.empty", (0, 4), {"x": 1.0}, CPU) is None
+    assert torch.equal(offset(predictor, "a.weight", {**mix, "z": 0.0}), mixed)
+    assert predictor.offset("e.empty", {"x": 1.0}, CPU) is None
     assert predictor.tasks == ("x", "y")
+
+
+def offset(predictor: Predictor, name: str, embedding: dict[str, float]) -> torch.Tensor:
+    found = predictor.offset(name, embedding, CPU)
+    assert found is not None
+    return found.delta(0, math.prod(SHAPES[name])).view(SHAPES[name])
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.bias", "c.conv", "f.wide"])
+def test_it_is_added_block_by_block_where_it_is_wanted(
+    deltas: dict[str, torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, merged = Predictor({"x": dict(decode(fit(deltas, 5000), LAYOUT))}), torch.ones(SHAPES[name])
+    wanted = merged + offset(predictor, name, {"x": 1.0})
+    for _ in range(2):  # what is kept stays as it is
+        assert torch.equal(predictor.add_to(name, merged, {"x": 1.0}, CPU), wanted)
+    monkeypatch.setattr(blocks, "BLOCK", 70)
+    torch.testing.assert_close(predictor.add_to(name, merged, {"x": 1.0}, CPU), wanted)
+    found, out = predictor.offset(name, {"x": 1.0}, CPU), torch.empty_like(merged).view(-1)
+    assert found is not None
+    assert found.add_to(merged.view(-1), 0, out).data_ptr() == out.data_ptr()
+    assert torch.equal(out.view(merged.shape), wanted)
+
+
+def test_what_no_task_has_stays_the_tensor_it_is(deltas: dict[str, torch.Tensor]) -> None:
+    predictor, merged = Predictor({"x": decode(fit(deltas, 900), LAYOUT)}), torch.ones(0, 4)
+    assert predictor.add_to("e.empty", merged, {"x": 1.0}, CPU) is merged
 
 
 def steep(shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -168,7 +197,7 @@ def test_few_components_are_looked_for_and_more_where_the_budget_needs_them(monk
 
 def lost(layout: list[tuple[str, tuple[int, int]]], deltas: dict[str, torch.Tensor], data: bytes) -> float:
     factors = decode(data, layout)
-    back = {name: factors[name].delta(shape, CPU) if name in factors else torch.zeros(shape) for name, shape in layout}
+    back = {name: delta(factors, name, shape) for name, shape in layout}
     return sum((deltas[name] - back[name]).square().sum().item() for name in deltas)
 
 

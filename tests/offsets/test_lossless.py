@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from retex_cli.io.provenance import tensor_digest
 from retex_cli.offsets import lossless
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import Prediction
+from retex_cli.offsets.lossless import Correction, OtherPrediction
 from retex_cli.offsets.stream import Factors
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,10 +28,19 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(WORDS[tensor.dtype.itemsize])
 
 
+def restored(data: bytes, prediction: Prediction, dtype: torch.dtype) -> Tensor:
+    """All blocks of a correction, checked as a whole."""
+    correction = Correction(lambda start, stop: data[start:stop], len(data), *prediction.shape, dtype)
+    found = [correction.restore(k, prediction) for k in range(len(correction.blocks))]
+    whole = torch.cat([torch.empty(0, prediction.shape[1], dtype=dtype), *found])
+    correction.check(tensor_digest(whole))
+    return whole
+
+
 def there_and_back(expert: Tensor, prediction: Prediction) -> float:
     """Bits an entry; fails unless every bit comes back."""
     data = lossless.encode(expert, prediction)
-    back = lossless.decode(data, prediction, expert.dtype)
+    back = restored(data, prediction, expert.dtype)
     assert back.dtype == expert.dtype
     assert torch.equal(bits(back), bits(expert))
     return 8 * len(data) / max(1, expert.numel())
@@ -113,7 +124,7 @@ def test_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     merged = noise(100, 30)
     expert = merged + 1e-3 * noise(100, 30, seed=1)
     pair = Factors(1e-3 * noise(100, 2), noise(2, 30))
-    monkeypatch.setattr(lossless, "BLOCK", 700)
+    monkeypatch.setattr(lossless, "TOGETHER", 700)
     there_and_back(expert, Prediction(merged, pair, torch.float32))
 
 
@@ -125,7 +136,7 @@ def test_one_wrong_bit_is_noticed(at: int, bit: int) -> None:
     data = bytearray(lossless.encode(merged + 1e-3 * noise(20, 20, seed=1), prediction))
     data[at % len(data)] ^= 1 << bit
     with pytest.raises(CorruptOffsets):
-        lossless.decode(bytes(data), prediction, torch.float32)
+        restored(bytes(data), prediction, torch.float32)
 
 
 @settings(max_examples=150, deadline=None)
@@ -136,8 +147,8 @@ def test_damage_behind_a_right_checksum_is_noticed(at: int, change: int) -> None
     data = bytearray(lossless.encode(expert, prediction))
     data[4 + at % (len(data) - 4)] ^= change
     try:
-        found = lossless.decode(lossless.checked(bytes(data[4:])), prediction, torch.float32)
-    except (CorruptOffsets, lossless.OtherPrediction):
+        found = restored(lossless.checked(bytes(data[4:])), prediction, torch.float32)
+    except (CorruptOffsets, OtherPrediction):
         return
     assert torch.equal(bits(found), bits(expert))  # a bit that fills up a byte
 
@@ -146,10 +157,10 @@ def test_another_prediction_is_noticed() -> None:
     merged = noise(20, 20)
     data = lossless.encode(merged + 1e-3 * noise(20, 20, seed=1), Prediction(merged, None, torch.float32))
     merged[3, 4] = torch.nextafter(merged[3, 4], torch.tensor(9.0))
-    with pytest.raises(lossless.OtherPrediction, match="and not"):
-        lossless.decode(data, Prediction(merged, None, torch.float32), torch.float32)
+    with pytest.raises(OtherPrediction, match="and not"):
+        restored(data, Prediction(merged, None, torch.float32), torch.float32)
 
 
 def test_too_short_is_damaged() -> None:
     with pytest.raises(CorruptOffsets):
-        lossless.decode(b"123", Prediction(noise(3, 3), None, torch.float32), torch.float32)
+        restored(b"123", Prediction(noise(3, 3), None, torch.float32), torch.float32)

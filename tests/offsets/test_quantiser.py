@@ -56,12 +56,14 @@ def test_decoding_is_odd_and_monotone(level: int) -> None:
     assert torch.all(decoded.diff() > 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
 @pytest.mark.parametrize("level", [0, 5, 23])
 def test_many_entries_decode_to_the_bits_of_each_by_itself(level: int, dtype: torch.dtype) -> None:
     symbols = torch.arange(-7, 12, dtype=dtype)
     each = torch.cat([dequantise(symbol[None], level, [10, 5, 2]) for symbol in symbols])
     assert torch.equal(dequantise(symbols.repeat(3, 1), level, [10, 5, 2]), each.repeat(3, 1))
+    small = symbols[6:9].repeat(5)
+    assert torch.equal(dequantise(small, level, [10, 5, 2]), each[6:9].repeat(5))
     assert torch.equal(dequantise(symbols[::18], level, [10, 5, 2]), each[::18])
     assert dequantise(symbols[:0], level, [10, 5, 2]).shape == (0,)
 

@@ -11,26 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from retex_cli.commands import checks
-from retex_cli.commands.corrections import restore
+from retex_cli.commands.blocks import Block, take_in
+from retex_cli.commands.corrections import Exact
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.align import Alignment
 from retex_cli.io.artefact import open_artefact
 from retex_cli.io.checkpoint import Checkpoint, TensorInfo
 from retex_cli.io.dtypes import CODES, DTYPES
-from retex_cli.io.provenance import fingerprint
+from retex_cli.io.provenance import TensorDigest, fingerprint
 from retex_cli.io.writer import TensorSpec
+from retex_cli.offsets.blocks import columns_of, spans
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import prediction
-from retex_cli.offsets.predict import Embedding, Predictor
+from retex_cli.offsets.predict import Embedding, Offset, Predictor
 from retex_cli.offsets.stream import Factors, Shape, decode
 
 FORMAT = "retex.offsets"
@@ -221,7 +224,7 @@ class OffsetsFile:
         """Decoded offsets of these tasks; see ``factors``."""
         return Predictor({task: self.factors(task) for task in tasks})
 
-    def factors(self, task: str) -> dict[str, Factors]:
+    def factors(self, task: str) -> Mapping[str, Factors]:
         """Decoded offsets of one task by merged name. RetexError where its bytes are damaged; others still decode."""
         record = self.task(task)
         try:
@@ -283,40 +286,61 @@ class OffsetsFile:
         """Whether ``make`` gives the very bits of an expert: one lossless task alone, with its own head."""
         return dict(embedding) == {head: 1.0} and self.task(head).correction_bytes > 0
 
-    def make(
-        self,
-        part: Part,
-        merged: Tensor | None,
-        predictor: Predictor,
-        embedding: Embedding,
-        head: str,
-        device: torch.device,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The data of one part; ``merged`` is the merged tensor it is made from.
+    def blocks(
+        self, part: Part, predictor: Predictor, embedding: Embedding, head: str, device: torch.device
+    ) -> Iterator[Block]:
+        """How one part is made, in order.
 
-        Where ``is_exact`` it is the expert's tensor in the expert's own type, on the CPU, and RetexError if it would
-        not be. Otherwise sums are in float32, on ``device``; what has no offset stays on the device where it is.
-        ``out``, contiguous float32 of the merged tensor's shape on ``device``, is memory to do sums in; what is
-        returned may be that.
+        Where ``is_exact`` its blocks are the expert's tensor in the expert's own type, on the CPU, and RetexError if
+        they would not be. Otherwise sums are in float32, on ``device``; what has no offset stays where it is.
         """
-        spec = part.spec
-        if part.merged is None or merged is None:
-            return self._read_own(head, f"tensors/{head}/{spec.name}")
-        name = part.merged
-        if self.is_exact(embedding, head) and merged.is_floating_point():
-            value = self._restored(spec.name, name, merged, predictor, head)
+        spec, name = part.spec, part.merged
+        if name is None:
+            yield self._stored(head, f"tensors/{head}/{spec.name}", 0)
+            return
+        info = self.merged.tensors[name]
+        if self.is_exact(embedding, head) and info.dtype.is_floating_point:
+            yield from self._exact(spec.name, info, predictor.factors(head, name), head)
         else:
-            value = predictor.add_to(name, merged, embedding, device, out).to(spec.dtype)
-        if merged.shape != spec.shape:
-            value = torch.cat([value, self._read_own(head, f"rows/{head}/{spec.name}").to(value.device)])
-        return value
+            offset = predictor.offset(name, embedding, device)
+            for start, stop in spans(info.shape, device):
+                yield Block(start, (start, stop), partial(_sum, offset, start, spec.dtype))
+        if info.shape != spec.shape:
+            yield self._stored(head, f"rows/{head}/{spec.name}", info.numel)
 
-    def _restored(self, expert_name: str, name: str, merged: Tensor, predictor: Predictor, task: str) -> Tensor:
+    def _stored(self, task: str, name: str, at: int) -> Block:
+        """A tensor of the task's own, to be put at ``at``."""
+        return Block(at, (0, 0), lambda merged, out: self._read_own(task, name).reshape(-1))
+
+    def _exact(self, expert_name: str, info: TensorInfo, factors: Factors | None, task: str) -> Iterator[Block]:
         """An exact tensor of a lossless task; integers and their order are the CPU's, wherever the weights are kept."""
-        dtype, factors = self.task(task).expert_dtype(expert_name), predictor.factors(task, name)
-        predicted = prediction(name, merged.cpu(), None if factors is None else factors.to(torch.device("cpu")), dtype)
-        return restore(self.file, self.path, task, expert_name, predicted, dtype).reshape(merged.shape)
+        dtype, columns = self.task(task).expert_dtype(expert_name), columns_of(info.shape)
+        here = factors and factors.to(torch.device("cpu"))
+        predicted = prediction(info.name, torch.empty(0, columns), here, dtype)
+        rows = info.numel // columns if columns else 0
+        return Exact(self.file, self.path, task).blocks(expert_name, rows, columns, predicted, dtype)
+
+    def make(self, part: Part, predictor: Predictor, embedding: Embedding, head: str) -> Tensor:
+        """A whole part, on the CPU, from the merged checkpoint; see ``blocks``."""
+        whole, digest = torch.empty(part.spec.shape, dtype=part.spec.dtype), TensorDigest()
+        exact = self.is_exact(embedding, head)
+        for block in self.blocks(part, predictor, embedding, head, torch.device("cpu")):
+            value = block.make(self.source(part, block), None)
+            if exact:
+                take_in(digest, block, value)
+            whole.view(-1)[block.at : block.at + value.numel()] = value
+        return whole
+
+    def source(self, part: Part, block: Block) -> Tensor:
+        """The elements of the merged tensor that a block is made from, as stored."""
+        start, stop = block.source
+        merged = torch.empty(stop - start, dtype=torch.uint8 if part.merged is None else self._type(part.merged))
+        if part.merged is not None:
+            self.merged.read_into(part.merged, start, merged)
+        return merged
+
+    def _type(self, name: str) -> torch.dtype:
+        return self.merged.tensors[name].dtype
 
     def side_files(self, task: str) -> dict[str, bytes]:
         """Config, tokenizer and other files of a task's expert. RetexError names one that is nowhere to be found."""
@@ -339,6 +363,10 @@ class OffsetsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _sum(offset: Offset | None, start: int, dtype: torch.dtype, merged: Tensor, out: Tensor | None) -> Tensor:
+    return (merged if offset is None else offset.add_to(merged, start, out)).to(dtype)
 
 
 def fingerprint_of(merged: Checkpoint, digests: Mapping[str, bytes]) -> str:

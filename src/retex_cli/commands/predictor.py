@@ -9,12 +9,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from retex_cli.commands.blocks import Block, take_in
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.recover import check_shares, head_of
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.naming import canonical
-from retex_cli.io.provenance import tensor_digest
+from retex_cli.io.provenance import TensorDigest, known_digests, tensor_digest
 from retex_cli.io.writer import TensorSpec
 from retex_cli.models.device import choose_device
 from retex_cli.offsets import predict
@@ -22,6 +23,8 @@ from retex_cli.offsets.stream import Factors
 from retex_cli.parallel import ordered_map, thread_count
 from retex_cli.progress import Progress, Silent
 from retex_cli.serving.places import Places, Shape, Wanted, fill, lend
+
+_NOTHING = torch.empty(0)
 
 Expert = str | Mapping[str, float] | None
 """A task, shares of several tasks that sum to one, or None for the merged weights themselves."""
@@ -67,9 +70,11 @@ class Predictor:
             chosen = choose_device(device, progress or Silent())
             count = thread_count(threads)
 
+            known = known_digests(checkpoint)
+
             def read(name: str) -> tuple[bytes, Tensor]:
                 tensor = checkpoint.read(name)
-                return tensor_digest(tensor), tensor.to(chosen)
+                return known.get(name) or tensor_digest(tensor), tensor.to(chosen)
 
             found = dict(zip(checkpoint.tensors, ordered_map(read, checkpoint.tensors, count), strict=True))
             file.check_merged({name: digest for name, (digest, _) in found.items()})
@@ -115,10 +120,13 @@ class Predictor:
 
             def put(job: tuple[Part, Tensor]) -> None:
                 part, place = job
-                merged = None if part.merged is None else self._weights[part.merged]
-                out = place if merged is not None and self._can_sum_in(place, merged) else None
+                digest = TensorDigest() if self._file.is_exact(embedding, source) else None
                 with torch.inference_mode():
-                    fill(place, self._file.make(part, merged, predictor, embedding, source, self._device, out))
+                    for block in self._file.blocks(part, predictor, embedding, source, self._device):
+                        value = block.make(self._source(part, block), self._sum_in(place, part, block))
+                        if digest is not None:
+                            take_in(digest, block, value)
+                        fill(place, block.at, value)
 
             for _ in map(put, jobs) if self._device.type != "cpu" else ordered_map(put, jobs, self._threads):
                 pass
@@ -191,10 +199,17 @@ class Predictor:
         grown = [self._file.rows(task, name) for task, record in self._file.tasks.items() if name in record.rows]
         return [shape, *((shape[0] + rows, *shape[1:]) for rows in grown)]
 
-    def _can_sum_in(self, place: Tensor, merged: Tensor) -> bool:
-        """Whether the sum can be made where it belongs, which saves a copy."""
-        here = place.dtype == torch.float32 and place.device == merged.device and place.is_contiguous()
-        return here and place.shape == merged.shape
+    def _source(self, part: Part, block: Block) -> Tensor:
+        """The elements of the merged tensor that a block is made from, as stored."""
+        if part.merged is None:
+            return _NOTHING
+        return self._weights[part.merged].reshape(-1)[slice(*block.source)]
+
+    def _sum_in(self, place: Tensor, part: Part, block: Block) -> Tensor | None:
+        """Where the sum belongs, if it can be made there, which saves a copy."""
+        here = place.dtype == torch.float32 and place.device == self._device and place.is_contiguous()
+        stop = block.source[1]
+        return place.view(-1)[block.at : stop] if here and block.at < stop <= place.numel() else None
 
     def _decoded(self, embedding: predict.Embedding) -> predict.Predictor:
         for task in embedding:

@@ -7,25 +7,28 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.identifier import Identification, Identifier, read_inputs
+from retex_cli.allocator import give_back_large
+from retex_cli.commands.expert_stream import Recovery, stream
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.commands.report import Json, Table
 from retex_cli.errors import GateMissed, UsageError
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.dtypes import parse_dtype
-from retex_cli.io.inputs import BadInput
 from retex_cli.io.output import Output
-from retex_cli.io.provenance import TensorHash, checkpoint_digests, fingerprint, tensor_digest
-from retex_cli.io.writer import TensorSpec, Writer, open_output
+from retex_cli.io.provenance import checkpoint_digests
+from retex_cli.io.writer import TensorSpec, open_output
 from retex_cli.models.device import choose_device
 from retex_cli.offsets.predict import Predictor
-from retex_cli.parallel import ordered_map, thread_count
+from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
+
+if TYPE_CHECKING:
+    from retex_cli.commands.identifier import Identification
 
 AUTO = "auto"
 NEGLIGIBLE = 1e-6
@@ -201,7 +204,8 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         if left_out:
             names = ", ".join(left_out)
             progress.note(f"the exact correction of {names} is not used: it is for one task alone, with its own head")
-    predictor = file.predictor(plan.embedding)
+    give_back_large(16 << 20)  # blocks are used again: fresh memory costs as much as what is done in it
+    recovery = Recovery(file, file.predictor(plan.embedding), plan.embedding, plan.head, device)
     parts = plan.parts()
     threads = thread_count(config.threads)
     if plan.output.kind == "stdout":  # what has gone down a pipe cannot be taken back: check first
@@ -214,50 +218,19 @@ def run(plan: RecoverPlan, progress: Progress) -> RecoverReport:
         max_shard_size=config.max_shard_size,
         side_files=file.side_files(plan.head) if plan.output.kind == "folder" else {},
     ) as writer:
-        _stream(plan, parts, predictor, device, threads, writer, progress)
+        stream(recovery, parts, writer, threads, progress)
     return RecoverReport(
         config.output, plan.embedding, plan.head, identified, len(parts), sum(part.spec.nbytes for part in parts)
     )
-
-
-def _stream(
-    plan: RecoverPlan,
-    parts: list[Part],
-    predictor: Predictor,
-    device: torch.device,
-    threads: int,
-    writer: Writer,
-    progress: Progress,
-) -> None:
-    file, exact = plan.file, plan.file.is_exact(plan.embedding, plan.head)
-    progress.start(f"recovering {plan.head}", len(parts))
-
-    def make(part: Part) -> tuple[bytes, TensorHash, Tensor]:
-        merged = None if part.merged is None else file.merged.read(part.merged)
-        digest = b"" if merged is None else tensor_digest(merged)
-        value = file.make(part, merged, predictor, plan.embedding, plan.head, device)
-        made = (value.dtype, tuple(value.shape), tensor_digest(value) if exact else b"")
-        return digest, made, value.to("cpu", part.spec.dtype).reshape(-1)
-
-    digests, result = {}, {}
-    for part, (digest, made, value) in zip(parts, ordered_map(make, parts, threads), strict=True):
-        writer.write(value)
-        result[part.spec.name] = made
-        if part.merged is not None:
-            digests[part.merged] = digest
-        progress.advance()
-    for name in file.merged.tensors:
-        if name not in digests:
-            digests[name] = tensor_digest(file.merged.read(name))
-    file.check_merged(digests)
-    if exact:
-        file.check_expert(plan.head, fingerprint(result))
 
 
 def _identify(plan: RecoverPlan, progress: Progress) -> tuple[Identification, RecoverPlan]:
     config = plan.config
     if config.signatures is None:
         raise UsageError("identifying inputs needs a signature file", "give --signatures FILE")
+    from retex_cli.commands.identifier import Identifier, read_inputs
+    from retex_cli.io.inputs import BadInput
+
     identifier = Identifier.open(config.signatures, config.merged, config.device, progress, model=config.model)
     items = list(read_inputs(config.input))
     progress.start("identifying", len(items))
@@ -303,5 +276,4 @@ def tensors_of(
     chosen = task if encoder is None else encoder
     embedding = {chosen: 1.0} if chosen else {}
     for part in file.parts(task):
-        merged = None if part.merged is None else file.merged.read(part.merged)
-        yield part.spec.name, file.make(part, merged, predictor, embedding, task, torch.device("cpu"))
+        yield part.spec.name, file.make(part, predictor, embedding, task)

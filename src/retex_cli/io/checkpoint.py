@@ -98,6 +98,10 @@ class Checkpoint:
         """Bring weights that are not on this machine yet; reading does the same, silently, when it has to."""
         del progress
 
+    def weight_files(self) -> Sequence[TensorFile]:
+        """The files whose tensors are, as they are stored, this checkpoint's; none where those are made of more."""
+        return self._parts
+
     def close(self) -> None:
         """Give the files back; closing twice is fine."""
         for part in self._parts:

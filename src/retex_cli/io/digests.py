@@ -1,4 +1,5 @@
-"""SHA-256 of files, remembered from run to run as git remembers what it has hashed: by what the system says of a file.
+"""SHA-256 of files and of the tensors in them, remembered from run to run as git remembers what it has hashed: by what
+the system says of a file.
 
 A file that is written to changes its change time, which no program can set back, so an equal device, inode, size,
 modification and change time mean equal bytes. Digests lie in ``$XDG_CACHE_HOME/retex/digests``, one small file each;
@@ -13,6 +14,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from retex_cli.errors import RetexError
@@ -28,15 +30,15 @@ def sha256_file(path: Path) -> str:
     try:
         with path.open("rb", buffering=0) as file:
             before = os.fstat(file.fileno())
-            known = _recall(before)
+            known = recall(before, "", 1)
             if known is not None:
-                return known
+                return known[0]
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
     except OSError as error:
         raise RetexError(f"{path}: cannot be read: {error.strerror}") from None
-    if _key(before) == _key(after):
-        _remember(after, digest)
+    if key(before) == key(after):
+        remember(after, "", [digest])
     return digest
 
 
@@ -54,27 +56,29 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "digests"
 
 
-def _key(stat: os.stat_result) -> str:
+def key(stat: os.stat_result) -> str:
+    """What changes when the bytes of a file do."""
     return f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
-def _recall(stat: os.stat_result) -> str | None:
-    """What was found before for just this file; None where nothing, or nothing sensible, is there."""
+def recall(stat: os.stat_result, what: str, count: int) -> list[str] | None:
+    """The digests that were kept of just this file under the word ``what``; None where there are none, or not as many
+    sensible ones."""
     if stat.st_size < SMALL:
         return None
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        found = (_folder() / _key(stat)).read_text()
-        return found if re.fullmatch("[0-9a-f]{64}", found) else None
+        found = (_folder() / (key(stat) + what)).read_text().split("\n")
+        return found if len(found) == count and all(re.fullmatch("[0-9a-f]{64}", each) for each in found) else None
     return None
 
 
-def _remember(stat: os.stat_result, digest: str) -> None:
-    """Keep a digest for next time; a place that cannot be written to is nobody's concern."""
+def remember(stat: os.stat_result, what: str, digests: Sequence[str]) -> None:
+    """Keep digests for next time; a place that cannot be written to is nobody's concern."""
     if stat.st_size < SMALL or time.time_ns() - stat.st_ctime_ns < YOUNG:
         return
     with contextlib.suppress(OSError, RuntimeError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            file.write(digest)
-        Path(file.name).replace(folder / _key(stat))
+            file.write("\n".join(digests))
+        Path(file.name).replace(folder / (key(stat) + what))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -153,6 +154,10 @@ class RemoteFile:
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements ``[start, start + out.numel())`` of the flattened tensor, converted to ``out.dtype``."""
         self._file().read_into(name, start, out)
+
+    def unchanged(self) -> os.stat_result | None:
+        """See ``SafetensorsFile``; None before the data is there."""
+        return self._local.unchanged() if self._local else None
 
     def close(self) -> None:
         """Give back the downloaded file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,10 @@ class LoraCheckpoint(Checkpoint):
             total.add_(change[low - row * columns : high - row * columns])
             if total is not part:
                 part.copy_(total)
+
+    def weight_files(self) -> Sequence[TensorFile]:
+        """None: tensors are made of the adapter and the base."""
+        return ()
 
     def low_rank(self, name: str) -> LowRank | None:
         """``(B, A, scaling)``, float32, ``B`` [d_out, r], ``A`` [r, rest]: the change is ``scaling * B @ A``.

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.digests import recall, remember
 from retex_cli.io.dtypes import CODES, type_name
 from retex_cli.io.tensors import byte_view
 
 TensorHash = tuple[torch.dtype, tuple[int, ...], bytes]
 
 _CHUNK_BYTES = 1 << 22
+_TENSORS = ".tensors"
 
 
 class TensorDigest:
@@ -51,12 +53,39 @@ def fingerprint(tensors: Mapping[str, TensorHash]) -> str:
     return total.hexdigest()
 
 
-def checkpoint_digests(checkpoint: Checkpoint, threads: int = 1) -> dict[str, bytes]:
-    """SHA-256 of every tensor of a checkpoint, a few MB of each in memory at a time."""
+def checkpoint_digests(
+    checkpoint: Checkpoint, threads: int = 1, found: Mapping[str, bytes] | None = None
+) -> dict[str, bytes]:
+    """SHA-256 of every tensor of a checkpoint, a few MB of each in memory at a time.
+
+    Tensors of ``found`` have been hashed since the checkpoint was opened; those of files that have not changed since
+    they were last hashed are remembered. Neither are read.
+    """
+    digests = {**known_digests(checkpoint), **(found or {})}
+    left = [name for name in checkpoint.tensors if name not in digests]
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return dict(
-            zip(checkpoint.tensors, pool.map(lambda name: _digest(checkpoint, name), checkpoint.tensors), strict=True)
-        )
+        digests |= zip(left, pool.map(lambda name: _digest(checkpoint, name), left), strict=True)
+    if left or found:
+        _remember(checkpoint, digests)
+    return digests
+
+
+def known_digests(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """SHA-256 of the tensors of those files that have not changed since they were hashed: maybe of none."""
+    found = {}
+    for file in checkpoint.weight_files():
+        stat = file.unchanged()
+        digests = recall(stat, _TENSORS, len(file.tensors)) if stat else None
+        if digests is not None:
+            found.update({name: bytes.fromhex(digest) for name, digest in zip(file.tensors, digests, strict=True)})
+    return found
+
+
+def _remember(checkpoint: Checkpoint, digests: Mapping[str, bytes]) -> None:
+    for file in checkpoint.weight_files():
+        stat = file.unchanged()
+        if stat:
+            remember(stat, _TENSORS, [digests[name].hex() for name in file.tensors])
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint, threads: int = 1) -> str:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 
 from retex_cli.errors import RetexError
+from retex_cli.io.digests import key
 from retex_cli.io.dtypes import DTYPES
 from retex_cli.io.tensors import TensorInfo, byte_view, check_request, scratch
 
@@ -139,7 +140,8 @@ class SafetensorsFile:
         except OSError as error:
             raise RetexError(f"{path}: cannot be read: {error.strerror}") from None
         try:
-            size = os.fstat(self._fd).st_size
+            self._opened = os.fstat(self._fd)
+            size = self._opened.st_size
             length = header_length(path, os.pread(self._fd, 8, 0), size)
             self._data = 8 + length
             parsed = parse_header(path, os.pread(self._fd, length, 8), size - self._data)
@@ -202,6 +204,11 @@ class SafetensorsFile:
             if got == 0:
                 raise RetexError(f"{self.path}: the file was cut short while tensor {name!r} was read", _AGAIN)
             done += got
+
+    def unchanged(self) -> os.stat_result | None:
+        """What the system says of the file if it is as it was when it was opened, else None."""
+        now = os.fstat(self._fd)
+        return now if key(now) == key(self._opened) else None
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,9 @@ from retex_cli.io.replace import create, write_all
 
 class Sink(Protocol):
     """Takes the bytes of numbered files at positions in them."""
+
+    in_order: bool
+    """Whether bytes have to come in the order of their positions, from one thread at a time."""
 
     def put(self, shard: int, position: int, view: memoryview) -> None:
         """Write these bytes at this position of this file."""
@@ -34,6 +38,8 @@ class Files:
     What is written goes on to the disk from a thread of its own; an error there shows at the next ``put`` or ``flush``.
     """
 
+    in_order = False
+
     def __init__(self, paths: Sequence[Path], shards: Sequence[Shard]) -> None:
         self._headers = [bytearray(shard.header) for shard in shards]
         self._paths = paths
@@ -41,16 +47,19 @@ class Files:
         self._pool = ThreadPoolExecutor(1, "flush")
         self._flushing: Future[None] | None = None
         self._unflushed = 0
+        self._lock = threading.Lock()
 
     def put(self, shard: int, position: int, view: memoryview) -> None:
         """Write at a position; files up to this one are created with their headers."""
-        self.create_up_to(shard)
+        with self._lock:
+            self.create_up_to(shard)
         write_all(self._fds[shard], view, position)
-        self._unflushed += len(view)
-        if self._unflushed >= FLUSH_EVERY and (self._flushing is None or self._flushing.done()):
-            self._wait()
-            self._flushing = self._pool.submit(os.fsync, self._fds[shard])
-            self._unflushed = 0
+        with self._lock:
+            self._unflushed += len(view)
+            if self._unflushed >= FLUSH_EVERY and (self._flushing is None or self._flushing.done()):
+                self._wait()
+                self._flushing = self._pool.submit(os.fsync, self._fds[shard])
+                self._unflushed = 0
 
     def _wait(self) -> None:
         """Until the flush under way is done; OSError if it failed."""
@@ -90,6 +99,8 @@ class Files:
 
 class Stream:
     """Bytes in order to a stream."""
+
+    in_order = True
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

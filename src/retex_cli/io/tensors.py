@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class TensorFile(Protocol):
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements ``[start, start + out.numel())`` of the flattened tensor, converted to ``out.dtype``."""
+
+    def unchanged(self) -> os.stat_result | None:
+        """What the system says of a file that is as it was when it was opened; None where that cannot be told."""
 
     def close(self) -> None:
         """Give back the file; further reads fail."""

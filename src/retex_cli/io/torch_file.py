@@ -62,6 +62,9 @@ class TorchFile:
                 self._flattened = (name, tensor.reshape(-1))
             return self._flattened[1]
 
+    def unchanged(self) -> None:
+        """It is read through a map, or was read when it was opened: nothing that the system says now is sure."""
+
     def close(self) -> None:
         """Give back the memory map."""
         self._tensors.clear()

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,11 +31,24 @@ INDEX = "model.safetensors.index.json"
 _LAST = ("README.md", "generation_config.json", "config.json", INDEX)
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Where some elements go: (file, position in it, bytes) of each stretch, in order."""
+
+    dtype: torch.dtype
+    stretches: Sequence[tuple[int, int, int]]
+
+
 class Writer:
-    """Takes the tensors' data in the order of the specs, in chunks of any size."""
+    """Takes the tensors' data in the order of the specs, in chunks of any size.
+
+    Whoever makes them out of order claims places in order, and fills them when they are made: side by side, unless
+    the output is ``in_order``, where claims are filled one by one as they were made.
+    """
 
     def __init__(self, place: object, shards: Sequence[Shard], specs: Sequence[TensorSpec], sink: Sink) -> None:
         self.bytes_written = 0
+        self.in_order = sink.in_order
         self.total_bytes = sum(spec.nbytes for spec in specs)
         self.side_files: dict[str, bytes | Path] = {}
         self._place = place
@@ -47,24 +61,37 @@ class Writer:
 
     def write(self, data: torch.Tensor) -> None:
         """The next elements, flat, on the CPU, in the spec's element type. ValueError for too many or another type."""
-        view = byte_view(data)
-        at = 0
-        while at < len(view):
+        self.fill(self.claim(data.numel(), data.dtype), data)
+
+    def claim(self, numel: int, dtype: torch.dtype) -> Claim:
+        """The place of the next ``numel`` elements. ValueError for too many, and where they have another type."""
+        left, stretches = numel * dtype.itemsize, []
+        while left:
             if self._next == len(self._specs):
-                raise ValueError(f"{len(view) - at} bytes more than the tensors of the header hold")
+                raise ValueError(f"{left} bytes more than the tensors of the header hold")
             spec = self._specs[self._next]
-            if data.dtype != spec.dtype:
-                raise ValueError(f"tensor {spec.name!r} is announced as {spec.dtype}, the data is {data.dtype}")
-            count = min(len(view) - at, spec.nbytes - self._done)
+            if dtype != spec.dtype:
+                raise ValueError(f"tensor {spec.name!r} is announced as {spec.dtype}, the data is {dtype}")
+            count = min(left, spec.nbytes - self._done)
             shard, start = self._home[spec.name]
-            with self.in_words():
-                self._sink.put(shard, start + self._done, view[at : at + count])
-            at += count
+            stretches.append((shard, start + self._done, count))
+            left -= count
             self._done += count
-            self.bytes_written += count
             if self._done == spec.nbytes:
                 self._next, self._done = self._next + 1, 0
                 self._skip_empty()
+        return Claim(dtype, stretches)
+
+    def fill(self, claim: Claim, data: torch.Tensor) -> None:
+        """Write what a place was claimed for: flat, on the CPU. ValueError for anything else."""
+        view, at = byte_view(data), 0
+        if data.dtype != claim.dtype or len(view) != sum(count for *_, count in claim.stretches):
+            raise ValueError(f"{data.numel()} elements of {data.dtype} are not what the place was claimed for")
+        for shard, position, count in claim.stretches:
+            with self.in_words():
+                self._sink.put(shard, position, view[at : at + count])
+            at += count
+            self.bytes_written += count
 
     def patch(self, placeholder: str, text: str) -> None:
         """Replace a placeholder in the header of every file by an equally long text, for what is known late.

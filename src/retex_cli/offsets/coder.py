@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 Integers = NDArray[np.signedinteger]
 
 MAX_ALPHABET = 64
-_NARROW = 1 << 30
-"""Smallest values under this size leave sums with 30 bits of symbol within int32: half the memory to go through."""
+_TYPES = tuple(np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
+_CHUNK = 1 << 16
+"""Symbols that are decoded at once: what they become is narrower, and fits where it is used."""
 _TABLE_TOTAL = 4096
 _Categorical = constriction.stream.model.Categorical
 
@@ -102,7 +103,7 @@ def _uniform(bits: int) -> object:
 
 
 def decode(data: bytes, *, max_symbols: int) -> list[Integers]:
-    """The sequences that ``encode`` was given, as int32 where the values allow it and int64 elsewhere.
+    """The sequences that ``encode`` was given, each in the narrowest signed type that has room for its table.
 
     Raises ``CorruptOffsets`` for tables that cannot be, and when more than ``max_symbols`` symbols are announced, so
     that a damaged length cannot ask for all the memory there is.
@@ -138,15 +139,20 @@ def _decode_one(
     coder: constriction.stream.stack.AnsCoder, length: int, low: int, bits: int, frequencies: Integers | None
 ) -> Integers:
     if frequencies is None:
-        return np.zeros(0, dtype=np.int32)
-    values: NDArray[np.int32]
-    values = coder.decode(_model(frequencies), length) if len(frequencies) > 1 else np.zeros(length, dtype=np.int32)
+        return np.zeros(0, dtype=np.int8)
+    high = low + (len(frequencies) << bits) - 1
+    dtype = next((kind.dtype for kind in _TYPES if kind.min <= low and high <= kind.max), np.dtype(np.int64))
+    values: Integers = np.full(length, low, dtype)
+    if len(frequencies) > 1:
+        model = _model(frequencies)
+        for start in range(0, length, _CHUNK):
+            part = values[start : start + _CHUNK]
+            part += (coder.decode(model, len(part)) << bits).astype(part.dtype)
     if bits:
-        values <<= bits
-        values |= coder.decode(_uniform(bits), length)
-    if abs(low) >= _NARROW:
-        return values.astype(np.int64) + low
-    values += low
+        model = _uniform(bits)
+        for start in range(0, length, _CHUNK):
+            part = values[start : start + _CHUNK]
+            part += coder.decode(model, len(part)).astype(part.dtype)
     return values
 
 

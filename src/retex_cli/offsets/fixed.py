@@ -8,6 +8,7 @@ one rounding for each entry, which IEEE 754 defines to the bit.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -28,6 +29,7 @@ class Prediction:
 
     def __init__(self, merged: Tensor, factors: Factors | None, dtype: torch.dtype) -> None:
         self._merged = merged.flatten(1) if merged.ndim >= 2 else merged.reshape(1, -1)
+        self._first = 0
         self._dtype = dtype
         self.has_offset = factors is not None
         self._factors = _integers(factors) if factors else None
@@ -37,13 +39,19 @@ class Prediction:
         """(rows, columns): ``d_out x rest``; vectors and scalars are one row."""
         return self._merged.shape[0], self._merged.shape[1]
 
+    def over(self, rows: Tensor, first: int) -> Prediction:
+        """The same of some rows alone: [n, columns] of a merged tensor, the first of which is its row ``first``."""
+        other = copy.copy(self)
+        other._merged, other._first = rows, first
+        return other
+
     def plain(self, start: int, stop: int) -> Tensor:
         """Rows of the merged tensor alone."""
-        return self._rounded(self._merged[start:stop].double())
+        return self._rounded(self._merged[start - self._first : stop - self._first].double())
 
     def offset(self, start: int, stop: int) -> Tensor:
         """Rows of the merged tensor with the offset added."""
-        merged = self._merged[start:stop].double()
+        merged = self._merged[start - self._first : stop - self._first].double()
         if self._factors is None:
             return self._rounded(merged)
         left, right, unit = self._factors

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,17 +23,18 @@ from torch import Tensor
 
 from retex_cli.offsets import coder
 from retex_cli.offsets.bits import TYPES, Grid, Integers, grid_of, magnitudes, pack, packed_bytes, unpack
+from retex_cli.offsets.blocks import Span, row_blocks
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import Prediction
 from retex_cli.offsets.scales import scale_codes
 from retex_cli.offsets.total import Noise
 
-__all__ = ["TYPES", "OtherPrediction", "checked", "decode", "encode", "noise_of"]
+__all__ = ["TYPES", "Correction", "OtherPrediction", "checked", "encode", "noise_of"]
 
-BLOCK = 1 << 18
-"""Entries that are coded together, in whole rows: memory stays flat, and tables fit where they are used."""
 EQUAL, PLAIN, OFFSET = range(3)
 """What a row is predicted by: it is the merged row; the merged row; the merged row and the offset."""
+TOGETHER = 1 << 18
+"""Entries that are coded together, in whole rows: a part of the format."""
 FINE, COARSE, NEAR = 4, 20, 28
 """Contexts below FINE share the bits below the coded ones; below COARSE none are raw; below NEAR: close to zero."""
 WINDOW = 64
@@ -42,10 +44,9 @@ KEPT_MANTISSA = 2
 SPIKE = 0.01
 """Share of exact hits, among entries with raw bits, above which hits are coded first."""
 _DIGEST, _CHECK = 8, 4
+_READ = 1 << 20
 
-
-class OtherPrediction(ValueError):
-    """The correction is whole, but the tensor it gives is not the expert's: the prediction must differ."""
+Read = Callable[[int, int], bytes]
 
 
 def encode(expert: Tensor, prediction: Prediction) -> bytes:
@@ -53,7 +54,7 @@ def encode(expert: Tensor, prediction: Prediction) -> bytes:
     data = bytearray()
     rows, columns = prediction.shape
     matrix = expert.reshape(rows, columns)
-    for start, stop in _blocks(rows, columns):
+    for start, stop in row_blocks(rows, columns, TOGETHER):
         block = _encode_block(matrix[start:stop], prediction, start)
         data += len(block).to_bytes(4, "little") + block
     if len(data) >= expert.numel() * expert.dtype.itemsize:
@@ -61,31 +62,63 @@ def encode(expert: Tensor, prediction: Prediction) -> bytes:
     return checked(_digest(expert) + bytes(data))
 
 
-def decode(data: bytes, prediction: Prediction, dtype: torch.dtype) -> Tensor:
-    """The expert's tensor, [rows, columns] of the prediction.
+class OtherPrediction(ValueError):
+    """The correction is whole, but the tensor it gives is not the expert's: the prediction must differ."""
 
-    Raises ``CorruptOffsets`` for damaged bytes, and ``OtherPrediction`` where the result has another SHA-256.
+
+class Correction:
+    """The correction of a tensor of ``rows x columns`` (see ``Prediction``), applied block by block.
+
+    ``blocks``: the rows that are restored together. They may be restored side by side; whoever puts them together has
+    the whole checked, once.
     """
-    body = data[_CHECK:]
-    if len(body) < _DIGEST or checked(body) != data:
-        raise CorruptOffsets("its checksum is not the one stored with it")
-    rows, columns = prediction.shape
-    coded = body[_DIGEST:]
-    if len(coded) == rows * columns * dtype.itemsize:
-        found = torch.frombuffer(bytearray(coded), dtype=dtype) if coded else torch.empty(0, dtype=dtype)
-        result = found.reshape(rows, columns)
-    else:
-        result = torch.empty(rows, columns, dtype=dtype)
-        at = 0
-        for start, stop in _blocks(rows, columns):
-            length = int.from_bytes(coded[at : at + 4], "little")
-            result[start:stop] = _decode_block(coded[at + 4 : at + 4 + length], prediction, start, stop, dtype)
-            at += 4 + length
-        if at != len(coded):
+
+    def __init__(self, read: Read, size: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+        """``read(start, stop)`` gives bytes of it, of which there are ``size``. Raises ``CorruptOffsets``."""
+        self._read, self._columns, self._dtype = read, columns, dtype
+        head = read(0, min(size, _CHECK + _DIGEST))
+        if len(head) < _CHECK + _DIGEST or _checksum(read, _CHECK, size) != head[:_CHECK]:
+            raise CorruptOffsets("its checksum is not the one stored with it")
+        self._digest = head[_CHECK:]
+        self.blocks = row_blocks(rows, columns, TOGETHER)
+        self._verbatim = size - len(head) == rows * columns * dtype.itemsize
+        self._places = self._found(len(head), size)
+
+    def _found(self, at: int, size: int) -> list[Span]:
+        """Where the bytes of every block lie."""
+        places = []
+        for start, stop in self.blocks:
+            length = (stop - start) * self._columns * self._dtype.itemsize
+            if not self._verbatim:
+                if at + 4 > size:
+                    raise CorruptOffsets("its blocks do not fill it")
+                length = int.from_bytes(self._read(at, at + 4), "little")
+                at += 4
+            places.append((at, at + length))
+            at += length
+        if at != size:
             raise CorruptOffsets("its blocks do not fill it")
-    if _digest(result) != body[:_DIGEST]:
-        raise OtherPrediction(f"{_digest(result).hex()}… and not {body[:_DIGEST].hex()}…")
-    return result
+        return places
+
+    def restore(self, block: int, prediction: Prediction) -> Tensor:
+        """The expert's rows of one block. Raises ``CorruptOffsets``."""
+        (start, stop), data = self.blocks[block], self._read(*self._places[block])
+        if self._verbatim:
+            return torch.frombuffer(bytearray(data), dtype=self._dtype).reshape(stop - start, self._columns)
+        return _decode_block(data, prediction, start, stop, self._dtype)
+
+    def check(self, digest: bytes) -> None:
+        """Raises ``OtherPrediction`` unless this is the SHA-256 of all rows of the expert's tensor."""
+        found = digest[:_DIGEST]
+        if found != self._digest:
+            raise OtherPrediction(f"{found.hex()}… and not {self._digest.hex()}…")
+
+
+def _checksum(read: Read, start: int, stop: int) -> bytes:
+    value = 0
+    for at in range(start, stop, _READ):
+        value = zlib.crc32(read(at, min(at + _READ, stop)), value)
+    return value.to_bytes(_CHECK, "little")
 
 
 def checked(body: bytes) -> bytes:
@@ -99,11 +132,6 @@ def noise_of(expert: Tensor, delta: Tensor) -> Noise:
     typical = float(expert.double().square().mean().sqrt()) if expert.numel() else 0.0
     step = 2.0 ** (math.frexp(typical)[1] - 1 - max(grid.mantissa, 0))
     return Noise(int((delta != 0).sum()), step)
-
-
-def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, BLOCK // max(columns, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)] if columns else []
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -292,7 +320,7 @@ def _whole(codes: Integers, count: int) -> Integers:
     """The inverse of ``_shortest``."""
     if len(codes) not in (min(count, 1), count):
         raise CorruptOffsets("a block has another number of scales")
-    return np.broadcast_to(codes, (count,))
+    return np.broadcast_to(codes.astype(np.int64), (count,))
 
 
 def _decode_entries(entries: _Entries, top: int, sequences: list[Integers], raw: _Raw) -> Integers:

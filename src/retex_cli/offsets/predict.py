@@ -6,15 +6,42 @@ zero elsewhere. A one-hot ``e`` gives a task's own offset, a mix interpolates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from retex_cli.offsets.blocks import spans
 from retex_cli.offsets.domain import from_domain, to_domain
-from retex_cli.offsets.stream import Factors, Shape
+from retex_cli.offsets.stream import Factors
 
 Embedding = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Offset:
+    """What an embedding adds to tensor ``name``: shares of tasks and their factors, on the device that adds them."""
+
+    name: str
+    shares: Sequence[tuple[float, Factors]]
+
+    def delta(self, start: int, stop: int) -> Tensor:
+        """Elements ``[start, stop)`` of it (see ``Factors.delta``), float32."""
+        total: Tensor | None = None
+        for share, factors in self.shares:
+            part = factors.delta(start, stop)
+            if share != 1:
+                part.mul_(share)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def add_to(self, merged: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        """The merged tensor's elements from ``start`` on, flat, with their offset: float32, in ``out`` where given."""
+        delta = self.delta(start, start + merged.numel())
+        value = torch.add(to_domain(self.name, merged.to(delta.device)), delta, out=delta if out is None else out)
+        return from_domain(self.name, value)
 
 
 class Predictor:
@@ -32,32 +59,21 @@ class Predictor:
         """The decoded components of one task's offset of tensor ``name``; None if it has none."""
         return self._factors[task].get(name)
 
-    def delta(
-        self, name: str, shape: Shape, embedding: Embedding, device: torch.device, out: Tensor | None = None
-    ) -> Tensor | None:
-        """The offset of tensor ``name``, float32 of ``shape`` on ``device``; None where no task has one.
+    def offset(self, name: str, embedding: Embedding, device: torch.device) -> Offset | None:
+        """The offset of tensor ``name``; None where no task has one.
 
-        It is put into ``out`` where that is given: contiguous, of this type and shape, and there. Tasks are added in
-        sorted order, so the same embedding always gives the same bits.
+        Tasks are added in sorted order, so the same embedding always gives the same bits.
         """
-        total: Tensor | None = None
-        for task in sorted(embedding):
-            factors = self._factors[task].get(name)
-            if factors is None or embedding[task] == 0:
-                continue
-            part = factors.delta(shape, device, out if total is None else None)
-            if embedding[task] != 1:
-                part.mul_(embedding[task])
-            total = part if total is None else total.add_(part)
-        return total
+        held = {task: self._factors[task].get(name) for task in sorted(embedding) if embedding[task] != 0}
+        shares = [(embedding[task], factors.to(device)) for task, factors in held.items() if factors is not None]
+        return Offset(name, shares) if shares else None
 
-    def add_to(
-        self, name: str, merged: Tensor, embedding: Embedding, device: torch.device, out: Tensor | None = None
-    ) -> Tensor:
-        """``merged`` with its offset, float32 on ``device``; the very tensor, wherever it is, where no task has one.
-
-        ``out`` as for ``delta``; what is returned may be that.
-        """
-        delta = self.delta(name, tuple(merged.shape), embedding, device, out)
-        # into the offset's own memory: a third tensor of this size would cost more than the sum
-        return merged if delta is None else from_domain(name, delta.add_(to_domain(name, merged.to(device))))
+    def add_to(self, name: str, merged: Tensor, embedding: Embedding, device: torch.device) -> Tensor:
+        """``merged`` with its offset, float32 on ``device``; the very tensor, wherever it is, where no task has one."""
+        offset = self.offset(name, embedding, device)
+        if offset is None:
+            return merged
+        whole = torch.empty(merged.shape, dtype=torch.float32, device=device)
+        for start, stop in spans(tuple(merged.shape), device):
+            whole.view(-1)[start:stop] = offset.add_to(merged.reshape(-1)[start:stop], start)
+        return whole

@@ -9,15 +9,16 @@ of one level and one kind, in the order of tensors and components.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from retex_cli.offsets import coder
-from retex_cli.offsets.quantiser import LEVELS, SHIFTS, dequantise
+from retex_cli.offsets.quantiser import LEVELS, SHIFTS, Levels
 
 SCALE_STEPS = 8
 """Scale codes per factor of two. Symbols are relative to the coded scale, so its coarseness costs no accuracy."""
@@ -114,15 +115,18 @@ class Factors:
     left: Tensor
     right: Tensor | None
 
-    def delta(self, shape: Shape, device: torch.device, out: Tensor | None = None) -> Tensor:
-        """The offset, float32 of ``shape`` on ``device``, in memory of its own or in ``out``, such a tensor."""
-        if out is None:
-            out = torch.empty(shape, dtype=torch.float32, device=device)
-        left = self.left.to(device)
+    def delta(self, start: int, stop: int) -> Tensor:
+        """Elements ``[start, stop)`` of the flattened offset, float32 on the factors' device, in memory of its own:
+        whole rows, or part of one.
+
+        A product's bits depend on its shape, so what must have the same ones asks for the same elements.
+        """
         if self.right is None:
-            return out.copy_(left.reshape(shape))
-        torch.mm(left, self.right.to(device), out=out.view(len(left), -1))
-        return out
+            return self.left.reshape(-1)[start:stop].clone()
+        row, column = divmod(start, self.right.shape[1])
+        columns = min(stop - start, self.right.shape[1])
+        left, right = self.left[row : row + (stop - start) // columns], self.right[:, column : column + columns]
+        return torch.mm(left, right).view(-1)
 
     @property
     def nbytes(self) -> int:
@@ -134,9 +138,10 @@ class Factors:
         return Factors(self.left.to(device), None if self.right is None else self.right.to(device))
 
 
-def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factors]:
+def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> Mapping[str, Factors]:
     """Factors by tensor name; tensors without a component are absent.
 
+    Only symbols are in memory, a byte each or two: a tensor's factors are made each time they are asked for.
     Raises ``coder.CorruptOffsets`` when the bytes do not fit the layout.
     """
     most = sum((sum(sides(shape)) + 3) * (min(sides(shape)) or 1) for _, shape in layout) + len(layout) + 1000
@@ -148,76 +153,89 @@ def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> dict[str, Factor
         raise coder.CorruptOffsets("the numbers of components disagree")
     if len(levels) and not (levels.min() >= 0 and levels.max() < LEVELS and abs(scales).max() < 1000):
         raise coder.CorruptOffsets("a level or a scale is out of range")
-    plan = _plan(layout, counts, levels, scales)
-    symbols = sequences[4:]
-    del sequences[4:]  # the pools take the last reference to each, or both forms would be in memory at once
-    return _assemble(plan, _Pools(plan, sequences[3], symbols))
+    plan, used = _plan(layout, counts, levels, scales)
+    contexts_in_order = sorted(used)
+    if [used[context] for context in contexts_in_order] != [len(sequence) for sequence in sequences[4:]]:
+        raise coder.CorruptOffsets("the numbers of symbols disagree")
+    if len(sequences[3]) != SHIFTS * len(used):
+        raise coder.CorruptOffsets("the numbers of shifts disagree")
+    shifts = sequences[3].reshape(-1, SHIFTS).tolist()
+    pools = {
+        context: Levels(torch.from_numpy(symbols), context[0], of_context)
+        for context, symbols, of_context in zip(contexts_in_order, sequences[4:], shifts, strict=True)
+    }
+    return _Decoded(plan, pools)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Components of one tensor that stand side by side in their contexts, from these positions on."""
+
+    components: int
+    left: tuple[Context, int]
+    right: tuple[Context, int]
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor to be put together: ``kept`` is (level, scale) of every component."""
+    """One tensor to be put together: entries of its vectors, a scale code for every component, and where they lie."""
 
-    name: str
     left: int
     right: int
-    kept: Pairs
+    scales: list[int]
+    runs: list[_Run]
 
 
 def _plan(
     layout: Sequence[tuple[str, Shape]], counts: coder.Integers, levels: coder.Integers, scales: coder.Integers
-) -> list[_Tensor]:
-    plan, start = [], 0
+) -> tuple[dict[str, _Tensor], dict[Context, int]]:
+    """Tensors with components by name, and how many entries each context has."""
+    plan, start, used = {}, 0, dict[Context, int]()
     for (name, shape), count in zip(layout, counts.tolist(), strict=True):
         left, right = sides(shape)
         if count > (min(left, right) if right else 1):
             raise coder.CorruptOffsets(f"{count} components announced for {name} of shape {list(shape)}")
-        kept = list(zip(levels[start : start + count].tolist(), scales[start : start + count].tolist(), strict=True))
+        runs = []
+        for level, same in groupby(levels[start : start + count].tolist()):
+            components = len(list(same))
+            of_left, of_right = contexts(level, left, right)
+            runs.append(_Run(components, (of_left, used.get(of_left, 0)), (of_right, used.get(of_right, 0))))
+            used[of_left] = used.get(of_left, 0) + components * left
+            if right:
+                used[of_right] = used.get(of_right, 0) + components * right
+        if count:
+            plan[name] = _Tensor(left, right, scales[start : start + count].tolist(), runs)
         start += count
-        if kept:
-            plan.append(_Tensor(name, left, right, kept))
-    return plan
+    return plan, used
 
 
-class _Pools:
-    """The decoded entries of every context, handed out in order; empties the list of symbols."""
+class _Decoded(Mapping[str, Factors]):
+    """Factors, put together when they are asked for."""
 
-    def __init__(self, plan: list[_Tensor], shifts: coder.Integers, symbols: list[coder.Integers]) -> None:
-        needed: dict[Context, int] = {}
-        for tensor in plan:
-            for level, _ in tensor.kept:
-                for context, length in zip(
-                    contexts(level, tensor.left, tensor.right), (tensor.left, tensor.right), strict=True
-                ):
-                    if length:
-                        needed[context] = needed.get(context, 0) + length
-        used = sorted(needed)
-        if [needed[context] for context in used] != [len(sequence) for sequence in symbols]:
-            raise coder.CorruptOffsets("the numbers of symbols disagree")
-        if len(shifts) != SHIFTS * len(used):
-            raise coder.CorruptOffsets("the numbers of shifts disagree")
-        self._values: dict[Context, Tensor] = {}
-        for i, context in enumerate(used):
-            of_context = shifts[SHIFTS * i : SHIFTS * (i + 1)].tolist()
-            self._values[context] = dequantise(torch.from_numpy(symbols.pop(0)), context[0], of_context)
-        self._used = dict.fromkeys(used, 0)
+    def __init__(self, plan: Mapping[str, _Tensor], pools: Mapping[Context, Levels]) -> None:
+        self._plan = plan
+        self._pools = pools
 
-    def take(self, context: Context, length: int) -> Tensor:
-        """The next ``length`` entries, float32."""
-        self._used[context] += length
-        return self._values[context][self._used[context] - length : self._used[context]]
+    def __getitem__(self, name: str) -> Factors:
+        tensor = self._plan[name]
+        count = len(tensor.scales)
+        left = self._vectors([(*run.left, run.components) for run in tensor.runs], count, tensor.left)
+        left.mul_(torch.tensor([scale_value(scale) for scale in tensor.scales])[:, None])
+        if not tensor.right:
+            return Factors(left.t(), None)
+        right = self._vectors([(*run.right, run.components) for run in tensor.runs], count, tensor.right)
+        return Factors(left.t(), right.div_(math.sqrt(tensor.right)))  # left columns lie side by side, as stored
 
+    def _vectors(self, runs: Sequence[tuple[Context, int, int]], count: int, entries: int) -> Tensor:
+        """float32 [count, entries] from runs of some vectors in a context, from a position on."""
+        vectors, done = torch.empty(count, entries), 0
+        for context, start, components in runs:
+            self._pools[context].take(start, vectors[done : done + components].view(-1))
+            done += components
+        return vectors
 
-def _assemble(plan: list[_Tensor], pools: _Pools) -> dict[str, Factors]:
-    factors = {}
-    for tensor in plan:
-        lefts, rights = [], []
-        for level, _ in tensor.kept:
-            of_left, of_right = contexts(level, tensor.left, tensor.right)
-            lefts.append(pools.take(of_left, tensor.left))
-            if tensor.right:
-                rights.append(pools.take(of_right, tensor.right))
-        scales = torch.tensor([scale_value(scale) for _, scale in tensor.kept])
-        right = torch.stack(rights) / math.sqrt(tensor.right) if rights else None
-        factors[tensor.name] = Factors(torch.stack(lefts, 1) * scales, right)
-    return factors
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan)

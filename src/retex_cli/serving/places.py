@@ -96,14 +96,21 @@ def lend(variable: Tensor, memory: Tensor) -> None:
         variable.data = memory
 
 
-def fill(place: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into a place: rounded to its type, brought to its device, only the rows that both have.
+def fill(place: Tensor, at: int, value: Tensor) -> None:
+    """Copy ``value``, the elements from ``at`` on of a flattened tensor, into a place that has as many columns: rounded
+    to its type, brought to its device, only what both have.
 
-    A value that was made in the place's own memory is there already.
+    Whole rows, or part of one. A value that was made in the place's own memory is there already.
     """
-    if place.shape == value.shape:
-        if place.data_ptr() != value.data_ptr():
-            place.copy_(value)
-    else:
-        rows = min(len(place), len(value))
-        place[:rows].copy_(value[:rows])
+    if place.is_contiguous():
+        target = place.view(-1)[at : at + value.numel()]
+        if target.data_ptr() != value.data_ptr():
+            target.copy_(value[: target.numel()])
+        return
+    row, column = divmod(at, place[0].numel())
+    if row < len(place) and value.numel() < place[0].numel():
+        fill(place[row], column, value)
+    elif row < len(place):
+        rows = value.reshape(-1, *place.shape[1:])
+        target = place[row : row + len(rows)]
+        target.copy_(rows[: len(target)])
