@@ -78,14 +78,14 @@ def test_within_budget_and_more_is_never_worse(deltas: dict[str, torch.Tensor]) 
 
 
 def test_what_is_kept_is_stretched_by_what_is_left_out() -> None:
-    delta = torch.diag(torch.tensor([4.0] + [1.0] * 63))
+    offset = torch.diag(torch.tensor([4.0] + [1.0] * 63))
     found = []
     for lead in (0.0, 0.2):
         fitter = OffsetFitter([("w", (64, 64))], 60, lead=lead)
-        fitter.update("w", fitter.prepare(delta))
-        found.append(decode(fitter.finish(), [("w", (64, 64))])["w"].delta((64, 64), CPU))
+        fitter.update("w", fitter.prepare(offset))
+        found.append(delta(decode(fitter.finish(), [("w", (64, 64))]), "w", (64, 64)))
     least, stretched = found
-    kept = float(least.square().sum() / delta.square().sum())
+    kept = float(least.square().sum() / offset.square().sum())
     assert 0.1 < kept < 0.5, "something is left out"
     assert stretched.norm() / least.norm() == pytest.approx(kept**-0.2, rel=0.02)
     cosine = (least * stretched).sum() / least.norm() / stretched.norm()
