@@ -1,5 +1,5 @@
-"""Write ``docs/cli.md``, ``methods.md`` and ``identification.md`` from the code and ``benchmarks/results/``, and tables
-elsewhere from those results.
+"""Write ``docs/cli.md``, ``methods.md``, ``identification.md`` and ``promises.md`` from the code and
+``benchmarks/results/``, and tables elsewhere from those results.
 
 With ``--check``, only say whether they are stale.
 
@@ -162,9 +162,11 @@ _MEMORY = {"element": "a block of elements", "rows": "a block of rows", "tensor"
 def pages() -> dict[str, str]:
     """Path relative to this folder to text, of every generated page."""
     from identify_tables import identification_page
+    from promises_tables import promises_page
     from tables import readme_tables, serving_tables
 
     pages = {"cli.md": cli_page(), "methods.md": methods_page(), "identification.md": identification_page()}
+    pages["promises.md"] = promises_page()
     return pages | {
         name: _measured(name, of()) for name, of in (("../README.md", readme_tables), ("serving.md", serving_tables))
     }
