@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,35 +22,25 @@ def normalises(module: nn.Module) -> bool:
 
 
 def effects(network: Network, examples: Sequence[Example], seed: int = 0) -> dict[str, float]:
-    """Parameter name -> mean over its entries of the squared derivative of the answers: what a small error in an entry
-    changes, squared (the trace of the Gauss-Newton matrix, by one random projection; of class probabilities that is
-    the Fisher information). One backward pass; no gradient is held longer than it takes to measure it.
+    """Parameter name -> mean over its entries of the squared derivative of the answers, summed over ``examples``: what
+    a small error in an entry changes, squared.
+
+    The trace of the Gauss-Newton matrix, by one random projection of the answers; of class probabilities that is the
+    Fisher information. One backward pass for every ``BATCH`` examples; holds one gradient.
     """
-    found: dict[str, float] = {}
     generator = torch.Generator().manual_seed(seed)
-    named = dict(network.module.named_parameters())
-    before = {name: parameter.requires_grad for name, parameter in named.items()}
-    hooks = []
-    for name, parameter in named.items():
-        parameter.requires_grad_(True)
-        hooks.append(parameter.register_post_accumulate_grad_hook(partial(_measure, found, name)))
-    try:
-        with torch.enable_grad(), one_thread_each():
-            for start in range(0, len(examples), BATCH):
-                inputs = network.inputs(examples[start : start + BATCH])
-                _projected(answer_of(network.module(**inputs)).float(), generator).backward()  # type: ignore[no-untyped-call]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in named.items():
-            parameter.requires_grad_(before[name])
+    parameters = [(name, value.detach()) for name, value in network.module.named_parameters()]
+    found = {name: 0.0 for name, _ in parameters}
+    leaves = [value.requires_grad_() for _, value in parameters]
+    with torch.enable_grad(), one_thread_each():
+        for start in range(0, len(examples), BATCH):
+            inputs = network.inputs(examples[start : start + BATCH])
+            output = torch.func.functional_call(network.module, dict(zip(found, leaves, strict=True)), (), inputs)
+            projected = _projected(answer_of(output).float(), generator)
+            gradients = torch.autograd.grad(projected, leaves, allow_unused=True)
+            for name, gradient in zip(found, gradients, strict=True):
+                found[name] += 0.0 if gradient is None else float(gradient.square().mean())
     return found
-
-
-def _measure(found: dict[str, float], name: str, parameter: Tensor) -> None:
-    assert parameter.grad is not None, "it was accumulated just now"
-    found[name] = found.get(name, 0.0) + float(parameter.grad.square().mean())
-    parameter.grad = None
 
 
 def _projected(answers: Tensor, generator: torch.Generator) -> Tensor:

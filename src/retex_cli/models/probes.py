@@ -109,4 +109,5 @@ def _images(count: int, channels: int, side: int, draw: np.random.Generator) -> 
     grain = draw.uniform(0, GRAIN, (count, 1, 1, 1)) * draw.standard_normal((count, channels, side, side))
     grain[::2] = 0
     brightness, contrast = draw.uniform(0.25, 0.75, (count, 1, 1, 1)), draw.uniform(0.05, 0.25, (count, 1, 1, 1))
-    return np.clip(brightness + contrast * mixed + grain, 0, 1).astype(np.float32)
+    found: NDArray[np.float32] = np.clip(brightness + contrast * mixed + grain, 0, 1).astype(np.float32)
+    return found
