@@ -99,14 +99,14 @@ def answers(network: Network, rows: Sequence[Example]) -> Tensor:
 
 
 class Suite:
-    """The workspace ``folder``, its experts over the plain average, and test inputs, at most ``rows`` a task."""
+    """The workspace ``folder``, its experts over their plain average, which is written to the file ``merged``, and test
+    inputs, at most ``rows`` a task."""
 
-    def __init__(self, folder: Path, rows: int | None) -> None:
+    def __init__(self, folder: Path, merged: Path, rows: int | None) -> None:
         self.folder, self.rows = folder, rows
         self.space = Workspace.load(folder)
         self.experts = self.space.with_experts({})
-        self._folder = tempfile.TemporaryDirectory(dir=folder.parent)
-        self.merged_file = Path(self._folder.name) / "merged.safetensors"
+        self.merged_file = merged
         retex_cli.merge(self.space.need_base(None), self.experts, str(self.merged_file), model=self.space.model)
         self.merged = open_checkpoint(str(self.merged_file))
         self.inputs = self.space.with_inputs({})
@@ -249,8 +249,8 @@ def main() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retex" / "benchmarks"
     rows: list[Entry] = []
     folder = made(arguments.suite)
-    with importing(folder):
-        suite = Suite(folder, arguments.rows)
+    with importing(folder), tempfile.TemporaryDirectory() as place:
+        suite = Suite(folder, Path(place) / "merged.safetensors", arguments.rows)
         tasks = arguments.tasks.split(",") if arguments.tasks else list(suite.experts)
         for task in tasks:
             decided, ground = fingerprint(suite, task), suite.ground(task)

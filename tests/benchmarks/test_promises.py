@@ -50,7 +50,7 @@ def test_rows_are_measured_once(tmp_path: Path) -> None:
 
 def test_a_fit_is_that_of_the_command_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
-    suite = Suite(made, 12)
+    suite = Suite(made, made / "average.safetensors", 12)
     ground = suite.ground("cars")
     assert len(ground.rows) == 12
     assert {row.label for row in ground.rows} == {None}
