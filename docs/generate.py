@@ -1,5 +1,5 @@
-"""Write ``docs/cli.md``, ``methods.md`` and ``identification.md`` from the code and ``benchmarks/results/``, and tables
-elsewhere from those results.
+"""Write ``docs/cli.md``, ``methods.md``, ``identification.md`` and ``promises.md`` from the code and
+``benchmarks/results/``, and tables elsewhere from those results.
 
 With ``--check``, only say whether they are stale.
 
@@ -163,9 +163,11 @@ def pages() -> dict[str, str]:
     """Path relative to this folder to text, of every generated page."""
     from identify_tables import identification_page
     from pareto_tables import pareto_tables
+    from promises_tables import promises_page
     from tables import readme_tables, serving_tables
 
     pages = {"cli.md": cli_page(), "methods.md": methods_page(), "identification.md": identification_page()}
+    pages["promises.md"] = promises_page()
     measured = {"../README.md": readme_tables, "serving.md": serving_tables, "offsets.md": pareto_tables}
     return pages | {name: _measured(name, tables()) for name, tables in measured.items()}
 

@@ -28,6 +28,8 @@ def suites() -> Iterator[SimpleNamespace]:
         import data
         import finetune
         import lite0
+        import restoration
+        import restorer
         import text
         import text_tasks
         import vision
@@ -37,6 +39,8 @@ def suites() -> Iterator[SimpleNamespace]:
             data=data,
             finetune=finetune,
             lite0=lite0,
+            restoration=restoration,
+            restorer=restorer,
             text=text,
             text_tasks=text_tasks,
             vision=vision,
@@ -166,3 +170,47 @@ def test_convolutions_pad_as_tensorflow_does(suites, size: int, kernel: int, str
     expected = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).sum((-1, -2))
     assert conv(torch.ones(1, 1, size, size)).shape[2:] == (out, out)
     torch.testing.assert_close(conv(torch.ones(1, 1, size, size)), expected)
+
+
+def test_the_restorer_begins_as_the_identity(suites) -> None:
+    network = suites.restorer.build({})
+    images = torch.rand(2, 3, 9, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), images)
+        network.layers[0].weight.zero_()
+        network.layers[-1].bias.fill_(0.5)
+        torch.testing.assert_close(network(images), images + 0.5)
+    assert not [part for part in network.modules() if "Norm" in type(part).__name__]
+
+
+def test_photographs_for_tests_are_none_that_experts_saw(suites) -> None:
+    seen, kept = (suites.restoration.photographs(test) for test in (False, True))
+    assert [image.shape[0] for image in seen + kept] == [3] * 4
+    assert [a.shape[2] + b.shape[2] for a, b in zip(seen, kept, strict=True)] == [640, 640]
+    assert all(0 <= float(image.min()) < float(image.max()) <= 1 for image in seen + kept)
+
+
+def test_every_degradation_takes_something_away(suites) -> None:
+    draw = torch.Generator().manual_seed(0)
+    clean = suites.restoration.patches(suites.restoration.photographs(True), 4, draw)
+    assert clean.shape == (4, 3, suites.restoration.SIZE, suites.restoration.SIZE)
+    found = {task: degrade(clean, draw) for task, degrade in suites.restoration.TASKS.items()}
+    assert {image.shape for image in found.values()} == {clean.shape}
+    assert all(float((image - clean).square().mean()) > 1e-4 for image in found.values())
+    assert float((found["holes"] == 0).all(1).float().mean()) == pytest.approx(0.4, abs=0.05)
+    blocks = found["pixels"].unfold(2, 3, 3).unfold(3, 3, 3)
+    assert torch.equal(blocks, blocks[..., :1, :1].expand_as(blocks))
+
+
+@pytest.mark.slow
+def test_the_restoration_family_is_made_and_kept(suites, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RETEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(suites.restoration, "BASE", suites.restoration.Recipe("base", steps=3))
+    suites.restoration.make(tmp_path / "space", steps=2)
+    folders = sorted((tmp_path / "cache/experts").iterdir())
+    assert len(folders) == 1 + len(suites.restoration.TASKS)
+    before = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
+    suites.restoration.make(tmp_path / "space", steps=2)
+    assert [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders] == before
+    monkeypatch.chdir(tmp_path)
+    assert len(read_rows(Path("space/data/blur-inputs.safetensors"))) == suites.data.REFERENCES

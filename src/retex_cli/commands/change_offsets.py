@@ -19,6 +19,7 @@ from retex_cli.commands.checks import damaged, of_tensor
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, merged_digests
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
+from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import (
     FORMAT,
     OffsetsFile,
@@ -143,7 +144,8 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
     with scratch_beside(config.output, key, device) as scratch:
         refiner = Refiner.of(plan.added, plan.refine, merged, device, config.model, config.seed, threads)
-        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge, refiner=refiner)
+        guard = None if judge else Guard.of(plan.added, plan.refine, merged, device, config.model, threads, progress)
+        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge, refiner=refiner, guard=guard)
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}

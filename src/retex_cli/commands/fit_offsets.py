@@ -12,6 +12,7 @@ import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
+from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import (
     FORMAT,
     TaskRecord,
@@ -115,7 +116,8 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
         )
         refiner = Refiner.of(plan.tasks, plan.refine, merged, device, config.model, config.seed, threads)
         together = config.total_budget is not None
-        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner)
+        guard = None if judge else Guard.of(plan.tasks, plan.refine, merged, device, config.model, threads, progress)
+        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard)
         for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}

@@ -16,7 +16,8 @@ class FitOffsetsReport:
     """``{"output", "budget", "bytes", "tasks": {name: {"expert", "budget_bytes", "offset_bytes", "correction_bytes",
     "task_tensor_bytes", "side_file_bytes", "expert_bytes"}}, "removed": [task], "kept": [task]}``; a plan has neither
     ``bytes`` nor those of offsets, correction and side files. Where a target was to be reached a task has
-    ``agreement``, too: ``{"share", "inputs", "resolution"}``. ``tasks`` are those that were fitted, ``kept`` those
+    ``agreement``, too: ``{"share", "inputs", "resolution"}``; where answers were compared, ``kept``: see
+    ``guard.Choice``. ``tasks`` are those that were fitted, ``kept`` those
     that stayed as they were.
     """
 
@@ -78,4 +79,5 @@ def fitted_row(fit: TaskFit, fitted: FittedTask, stored: Mapping[str, bytes]) ->
         "side_file_bytes": sum(map(len, stored.values())),
         "expert_bytes": fitted.record.expert_bytes,
         **({"agreement": fitted.agreement.to_json()} if fitted.agreement else {}),
+        **({"kept": fitted.kept} if fitted.kept else {}),
     }

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from retex_cli.allocator import give_back_large
 from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.corrections import stored_name
+from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.refine import Refiner
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
@@ -42,13 +44,15 @@ CODED = "coded"
 @dataclass(frozen=True)
 class FittedTask:
     """All that an offsets file gets of one task. ``tensors`` by their names in the file, in the order they stand there;
-    ``files``: its side files by SHA-256, wherever they will be found later; ``checks``: digests of its own tensors."""
+    ``files``: its side files by SHA-256, wherever they will be found later; ``checks``: digests of its own tensors;
+    ``kept``: see ``guard.Choice``."""
 
     record: TaskRecord
     tensors: Mapping[str, Tensor | Stored]
     files: Mapping[str, bytes]
     checks: Mapping[str, str]
     agreement: Agreement | None = None
+    kept: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Fitting:
     """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number.
 
     ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
-    to be reached. ``refiner``: what trains the offsets on inputs, if anything does.
+    to be reached. ``refiner``: what trains the offsets on inputs, if anything does. ``guard``: what compares answers
+    before anything is kept.
     """
 
     merged: Checkpoint
@@ -84,6 +89,7 @@ class Fitting:
     together: bool = False
     judge: Judge | None = None
     refiner: Refiner | None = None
+    guard: Guard | None = None
 
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
@@ -106,7 +112,7 @@ class Fitting:
         if self.together and missing:
             prepared = self._shared_budget(fits)
             jobs = [(fit, prepared[fit.task]) for fit in missing]
-        if self.judge is not None or self.refiner is not None:  # a network computes on threads of its own
+        if self.judge or self.refiner or self.guard:  # a network computes on threads of its own
             for job in jobs:
                 self._code(*job)
             return
@@ -127,7 +133,8 @@ class Fitting:
         agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
         own = _task_tensors(fit)
         digests_of_own = {name: of_tensor(stored.read()) for name, stored in own.items()}
-        return FittedTask(record, {**own, **offsets, **corrections}, known([files]), digests_of_own, agreement)
+        kept = json.loads(texts["kept"]) if "kept" in texts else None
+        return FittedTask(record, {**own, **offsets, **corrections}, known([files]), digests_of_own, agreement, kept)
 
     def _shared_budget(self, fits: Sequence[TaskFit]) -> dict[str, _Prepared]:
         """All tasks prepared, each with its share of the budget that they have together."""
@@ -210,6 +217,11 @@ class Fitting:
         else:
             with _budget_in_words(fit):
                 data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, self.progress)
+            if self.guard is not None:
+                further = partial(self._look_further, fit, fitter)
+                choice = self.guard.choose(fit, fitter, data, further, self.progress)
+                if choice is not None:
+                    data, texts["kept"] = choice.data, json.dumps(choice.to_json())
         texts["budget"] = str(fitter.budget)
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
         if not self.together:  # what shares a budget is needed until all of it is coded

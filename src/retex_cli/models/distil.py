@@ -250,6 +250,8 @@ class _Watched:
 def answer_of(output: object) -> Tensor:
     """The logits of an output that has them, else the first tensor in it."""
     found = getattr(output, "logits", output)
+    if isinstance(found, tuple | dict):  # transformers' outputs are dicts
+        found = next(iter(found.values() if isinstance(found, dict) else found), None)
     if isinstance(found, Tensor):
         return found
     raise TypeError(f"{type(output).__name__} holds no tensor to compare")

@@ -44,6 +44,7 @@ class Network:
     ) -> None:
         self.name = name or str(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config: Mapping[str, object] = config
         built = _from_transformers(folder, self.name) if model is None else _from_function(model, config, self.name)
         self.device = device
         self.gives_hidden_states = model is None
@@ -90,6 +91,10 @@ class Network:
     def reads(self) -> str:
         """ "texts", "images" or "tensors": what there is a tokenizer or an image processor for."""
         return self._processor.reads
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text that tokens stand for. Only where ``reads`` is "texts"."""
+        return self._processor.text_of(tokens)
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take these weights, named as files or as the module name them; see ``load_weights``."""

@@ -49,6 +49,11 @@ class Processor:
             return "texts"
         return "tensors" if self._image_processor is None else "images"
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text that tokens stand for. Only where ``reads`` is "texts"."""
+        assert self._tokenizer is not None
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
     def __call__(self, examples: Sequence[Example]) -> Inputs:
         """One padded batch, on the CPU, of examples of one kind. RetexError names one that the model cannot read."""
         for example in examples:

@@ -76,7 +76,8 @@ class OffsetFitter:
         self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
         self._folded: dict[str, Prepared] = {}
-        self._unfolded = FOLDED * sum(4 * math.prod(shape) for _, shape in layout)
+        self.nbytes = 4 * sum(math.prod(shape) for _, shape in layout)  # of the whole layout, fp32
+        self._unfolded = FOLDED * self.nbytes
 
     def prepare(self, delta: Tensor, rank: int | None = None) -> Prepared:
         """The part of ``update`` that takes time and touches nothing shared, so threads may run it side by side.

@@ -1,0 +1,233 @@
+"""The two promises of an offsets file, kept by looking at what the recovered network answers.
+
+A bigger file is never worse than a smaller one, and none is worse than the merged checkpoint: the energy of weights
+alone cannot promise that. So the answers to some inputs are compared with the expert's own: to those of the task where
+a fit reads them anyway, else to inputs that are made without data. A fit that answers clearly worse than a smaller one
+or than merged weights gives way to it. In a network that normalises nothing, where an error in one layer grows through
+all that follow, the budget is shared out by the effect on answers, too, and the better of both is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from retex_cli.commands.expert_models import ExpertModels
+from retex_cli.commands.offsets_file import layout_of
+from retex_cli.commands.refine import RefineInputs
+from retex_cli.commands.task_fit import TaskFit
+from retex_cli.errors import RetexError
+from retex_cli.io.checkpoint import Checkpoint
+from retex_cli.io.inputs import Example
+from retex_cli.models.compare import apart
+from retex_cli.models.device import inference
+from retex_cli.models.distil import answer_of
+from retex_cli.models.effects import effects, normalises
+from retex_cli.models.passes import run
+from retex_cli.models.probes import probes
+from retex_cli.models.processor import Inputs
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
+from retex_cli.offsets.predict import Predictor
+from retex_cli.offsets.stream import decode
+from retex_cli.progress import Progress, Silent
+
+LADDER = (1e-4, 2e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Budgets that a fit is measured against, as shares of the fp32 bytes of the tensors that have offsets."""
+SMALLER = 0.75
+"""A rung is a smaller budget up to this share of one."""
+CLEAR = 2.0
+"""Standard errors of the mean, over inputs, from which on one fit is clearly worse than another."""
+UNSURE = 1.5
+"""What looks that much better with fewer offsets on inputs made without data need not be so on the task's own."""
+BATCH = 8
+"""Inputs in one pass: few, so that passes stand side by side."""
+LARGEST = 1_500_000_000
+"""Parameters of the largest network that is built for this: it is held in memory, float32."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was kept of a fit: ``data``, fitted to ``budget`` bytes (0: none at all), and in the geometric mean over
+    ``inputs`` how far answers are from the expert's with it, with the whole first fit and with merged weights alone."""
+
+    data: bytes
+    budget: int
+    inputs: int
+    distance: float
+    whole: float
+    merged: float
+
+    def to_json(self) -> dict[str, object]:
+        """``{"budget_bytes", "inputs", "distance", "whole", "merged"}``."""
+        far = {"distance": self.distance, "whole": self.whole, "merged": self.merged}
+        return {"budget_bytes": self.budget, "inputs": self.inputs, **far}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway."""
+
+    models: ExpertModels
+    merged: Checkpoint
+    threads: int
+    inputs: Mapping[str, Sequence[Example]]
+    _refused: list[RetexError] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
+        model: str | None, threads: int, progress: Progress,
+    ) -> Guard | None:  # fmt: skip
+        """The guard of these experts, with the inputs that they are refined on; None where what is recovered is exact,
+        and, said in a note, where there is no network to run."""
+        if all(fit.lossless for fit in fits):
+            return None
+        bare = [fit for fit in fits if "config.json" not in fit.expert.side_files()]
+        if bare:
+            _only_weights(progress, f"{bare[0].expert.reference} has no config.json to build its network from")
+            return None
+        experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
+        inputs = {task: each.rows for task, each in refine.items()}
+        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs)
+
+    def choose(
+        self, fit: TaskFit, fitter: OffsetFitter, data: bytes, look_further: Callable[[], object], progress: Progress
+    ) -> Choice | None:
+        """The best of ``data``, which was made within the fitter's budget, of smaller fits and none; a note says where
+        less is kept. ``look_further`` finds the components that a change of the fitter asks for.
+
+        None, said in one note for all tasks, where the network cannot be run.
+        """
+        if self._refused:
+            return None
+        try:
+            trial = _Trial(self, fit, fitter)
+        except RetexError as error:
+            self._refused.append(error)
+            _only_weights(progress, error.message)
+            return None
+        found = trial.choose(data, look_further)
+        if found.budget < fitter.budget:
+            kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
+            progress.note(
+                f"{fit.task}: with offsets within {fitter.budget:,} bytes answers are further from the expert's "
+                f"({found.whole:.3g}) than with {'fewer' if found.budget else 'merged weights alone'} "
+                f"({found.distance:.3g}): {kept} kept"
+            )
+        return found
+
+
+def _only_weights(progress: Progress, why: str) -> None:
+    progress.note(f"offsets are chosen by weights alone, not by what the networks answer: {why}")
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Coded offsets, the budget they were fitted to, and the distance of each input's answer from the expert's."""
+
+    data: bytes
+    budget: int
+    distances: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Geometric: no single input decides."""
+        return math.exp(float(self.distances.log().mean()))
+
+    def clearly_worse(self, other: _Tried, factor: float = 1.0) -> bool:
+        """Whether answers are more than ``factor`` times as far away."""
+        ratios = (self.distances / other.distances).log()
+        error = float(ratios.std()) / math.sqrt(len(ratios))
+        return float(ratios.mean()) > math.log(factor) + CLEAR * error
+
+
+class _Trial:
+    """One task's network on some inputs, and the expert's own answers to them."""
+
+    def __init__(self, guard: Guard, fit: TaskFit, fitter: OffsetFitter) -> None:
+        size = sum(info.numel for info in fit.expert.tensors.values())
+        if size > LARGEST:
+            raise RetexError(f"{fit.expert.reference}: {size:,} parameters are too many to run beside a fit")
+        self._guard, self._fit, self._fitter = guard, fit, fitter
+        self._network = guard.models.network(fit.task)
+        given = guard.inputs.get(fit.task)
+        self._examples, self._factor = (given, 1.0) if given else (probes(self._network), UNSURE)
+        if not self._examples:
+            raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
+        guard.models.load_expert(self._network, fit.task)
+        self._wanted = self._answers()
+        self._ways = [dict(fitter.weights)]
+        if not normalises(self._network.module):
+            self._ways.append(self._by_effect())
+
+    def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
+        """See ``Guard.choose``."""
+        fitter, whole = self._fitter, self._fitter.budget
+        merged, first = self._tried(fitter.encode({}), 0), self._tried(data, whole)
+        best = first
+        try:
+            for weights in self._ways[1:]:
+                fitter.weights = weights
+                look_further()
+                best = min(best, self._tried(fitter.finish(), whole), key=lambda tried: tried.mean)
+            for rung in _rungs(fitter.nbytes, whole):
+                fitter.budget = rung
+                smaller = self._smaller()
+                if best.clearly_worse(smaller, self._factor):
+                    best = smaller
+                elif best.budget == whole and not best.clearly_worse(merged):
+                    break  # the ordinary case
+        except BudgetTooSmall:
+            pass
+        finally:
+            fitter.weights, fitter.budget = self._ways[0], whole
+        best = merged if best.clearly_worse(merged) else best
+        return Choice(best.data, best.budget, len(self._examples), best.mean, first.mean, merged.mean)
+
+    def _smaller(self) -> _Tried:
+        """The best fit to the fitter's budget of now."""
+        fits = []
+        for weights in self._ways:
+            self._fitter.weights = weights
+            fits.append(self._tried(self._fitter.finish(), self._fitter.budget))
+        return min(fits, key=lambda tried: tried.mean)
+
+    def _by_effect(self) -> dict[str, float]:
+        """What errors count for by their effect on the expert's answers, half-way (as geometric mean) to what they
+        count for by their energy alone: effects of errors as large as those of a small file are not in proportion."""
+        found = effects(self._network, self._examples)
+        ours = {self._network.own_name(theirs): name for name, theirs in self._fit.alignment.shared.items()}
+        known = {ours[name]: math.sqrt(effect) for name, effect in found.items() if name in ours}
+        return {name: weight * self._fitter.weights.get(name, 1.0) for name, weight in known.items()}
+
+    def _tried(self, data: bytes, budget: int) -> _Tried:
+        """The expert that these offsets recover, asked."""
+        task, merged = self._fit.task, self._guard.merged
+        predictor = Predictor({task: decode(data, layout_of(merged))})
+        own = self._network.module.state_dict()
+        for name, theirs in self._fit.alignment.shared.items():
+            value = predictor.add_to(name, merged.read(name), {task: 1.0}, self._network.device)
+            place = own.get(self._network.own_name(theirs))
+            if place is not None:  # in place, as a second copy would count; an expert may have more rows
+                (place[: len(value)] if value.ndim else place).copy_(value)
+        return _Tried(data, budget, apart(self._answers(), self._wanted))
+
+    def _answers(self) -> Tensor:
+        """To all inputs, on the CPU."""
+
+        def forward(inputs: Inputs) -> Tensor:
+            with inference(self._network.device):
+                return answer_of(self._network.module(**inputs)).float().cpu()
+
+        return run(self._network, self._examples, forward, BATCH, self._guard.threads, Silent()).whole()
+
+
+def _rungs(nbytes: int, budget: int) -> Iterator[int]:
+    """Smaller budgets than ``budget``, large ones first."""
+    for share in reversed(LADDER):
+        if share * nbytes <= SMALLER * budget:
+            yield int(share * nbytes)

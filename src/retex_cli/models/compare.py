@@ -1,0 +1,28 @@
+"""How far one network's answers are from another's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAME = 1e-12
+"""Nearer than this, as a share of an answer's variance, answers are the same."""
+
+
+def apart(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of every input: float32 [n], from ``SAME`` to its inverse, which is also what stands for no number.
+
+    The squared error by the variance of the wanted answer, so that every input counts alike. Logits [n, classes] are
+    compared but for what all classes have in common, which no probability depends on. (The divergence of probabilities
+    itself orders fits well on a task's inputs and badly on inputs that are none of its kind, where a network is sure of
+    whatever it says.) A single number per input has the variance over all inputs.
+    """
+    ours, theirs = found.float().flatten(1), wanted.float().flatten(1)
+    if wanted.ndim == 2 and wanted.shape[1] > 1:
+        ours = ours - ours.mean(1, keepdim=True)
+    over = 1 if theirs.shape[1] > 1 else 0
+    centred = theirs - theirs.mean(over, keepdim=True)
+    wanted_part = centred if wanted.ndim == 2 and over else theirs
+    spread = centred.square().sum(1) if over else centred.square().mean().expand(len(theirs))
+    far = (ours - wanted_part).square().sum(1) / spread.clamp_min(1e-30)
+    return far.nan_to_num(nan=torch.inf).clamp(SAME, 1 / SAME)

@@ -1,0 +1,146 @@
+"""A bigger file is never worse than a smaller one, none worse than merged weights: by what networks answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from tests.conftest import Retex
+
+MODULE = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3), nn.Conv2d(24, 3, 3)
+
+    def forward(self, image):
+        return self.last(self.middle(self.first(image).relu()).relu())
+
+
+def build(config):
+    return Net()
+"""
+SHAPES = {"first": (24, 3, 3, 3), "middle": (24, 24, 3, 3), "last": (3, 24, 3, 3)}
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in SHAPES.items():
+        found[f"{name}.weight"] = torch.randn(shape, generator=draw) * (2 / (9 * shape[1])) ** 0.5
+        found[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=draw)
+    return found
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], config: bool = True) -> None:
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A merged checkpoint and two experts: ``far`` has other weights by two fifths, ``same`` has other weights and the
+    very same answers."""
+    merged, other = weights(0), weights(1)
+    save(tmp_path / "merged", merged)
+    save(tmp_path / "experts/far", {name: value + 0.4 * other[name] for name, value in merged.items()})
+    scaled = dict(merged)
+    for name, factor in (("first", 4.0), ("last", 0.25)):
+        scaled[f"{name}.weight"] = factor * merged[f"{name}.weight"]
+    scaled["first.bias"], scaled["middle.bias"] = 4 * merged["first.bias"], 4 * merged["middle.bias"]
+    save(tmp_path / "experts/same", scaled)
+    (tmp_path / "plain_net.py").write_text(MODULE)
+    (tmp_path / "retex.toml").write_text('[model]\nmodel = "plain_net:build"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("plain_net", None)
+
+
+def fit(retex: Retex, task: str, budget: str, *more: str) -> tuple[dict[str, object], str]:
+    """The task's row of the report, and the notes."""
+    result = retex(
+        "fit-offsets", "--expert", f"{task}=experts/{task}", "--merged", "merged", "-o", "out.safetensors",
+        "--budget", budget, "--overwrite", "--json", *more,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    row = result.json["tasks"][task]  # type: ignore[index]
+    assert row["offset_bytes"] <= row["budget_bytes"]
+    return row, result.err
+
+
+def test_offsets_that_answer_worse_than_none_are_not_kept(here: Path, retex: Retex) -> None:
+    row, notes = fit(retex, "same", "3%")
+    assert "same: with offsets within" in notes
+    assert "than with merged weights alone" in notes
+    assert "none are kept" in notes
+    assert row["kept"]["budget_bytes"] == 0
+    assert row["kept"]["distance"] == row["kept"]["merged"] < 1e-6 < row["kept"]["whole"]
+    assert row["offset_bytes"] < 40
+    assert retex("recover", "--merged", "merged", "--offsets", "out.safetensors", "--task", "same", "-o", "x").code == 0
+    merged = load_file("merged/model.safetensors")
+    assert all(torch.equal(value, merged[name]) for name, value in load_file("x/model.safetensors").items())
+
+
+def test_a_bigger_budget_is_never_worse(here: Path, retex: Retex) -> None:
+    rows = [fit(retex, "far", budget) for budget in ("2%", "5%", "10%", "30%")]
+    distances = [row["kept"]["distance"] for row, _ in rows]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] < rows[0][0]["kept"]["merged"]
+    assert all(row["kept"]["distance"] <= row["kept"]["whole"] for row, _ in rows)
+    small, larger, large, _ = rows
+    assert all("kept" not in notes for _, notes in (small, large))
+    assert small[0]["kept"]["inputs"] == 32
+    assert small[0]["kept"]["distance"] < 0.5 * larger[0]["kept"]["whole"], "more weights alone is worse here"
+    assert larger[0]["kept"]["budget_bytes"] == small[0]["budget_bytes"]
+    assert "than with fewer" in larger[1]
+    assert rows[3][0]["kept"]["distance"] < 0.8 * rows[3][0]["kept"]["whole"], "shared out by effect on answers"
+
+
+def test_the_same_bytes_for_any_number_of_threads(here: Path, retex: Retex) -> None:
+    fit(retex, "far", "5%", "--threads", "1")
+    before = Path("out.safetensors").read_bytes()
+    fit(retex, "far", "5%", "--threads", "3")
+    assert Path("out.safetensors").read_bytes() == before
+
+
+def test_without_a_network_weights_alone_decide_and_that_is_said_once(here: Path, retex: Retex) -> None:
+    for task in ("far", "same"):
+        (here / "experts" / task / "config.json").unlink()
+    row, notes = fit(retex, "same", "3%", "--expert", "far=experts/far")
+    assert notes.count("offsets are chosen by weights alone") == 1
+    assert "has no config.json" in notes
+    assert "kept" not in row
+
+
+def test_a_network_that_cannot_be_built_or_asked_is_said_once(here: Path, retex: Retex) -> None:
+    row, notes = fit(retex, "same", "3%", "--expert", "far=experts/far", "--model", "plain_net:nothing")
+    assert notes.count("offsets are chosen by weights alone") == 1
+    assert "plain_net" in notes
+    assert "kept" not in row
+
+
+def test_an_exact_expert_needs_no_guard(here: Path, retex: Retex) -> None:
+    row, notes = fit(retex, "same", "3%", "--lossless")
+    assert "kept" not in row
+    assert "kept" not in notes
+
+
+def test_refined_offsets_are_compared_on_the_tasks_own_inputs(here: Path, retex: Retex) -> None:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"image": images}, here / "inputs.safetensors")
+    row, _ = fit(retex, "far", "5%", "--refine", "--inputs", "far=inputs.safetensors")
+    assert row["kept"]["inputs"] == 16
+    assert row["kept"]["distance"] < row["kept"]["merged"]

@@ -1,0 +1,31 @@
+"""Distances of answers: on the scale of each input, blind to what no probability depends on, never without a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retex_cli.models.compare import SAME, apart
+
+
+def test_logits_count_up_to_what_all_classes_have_in_common() -> None:
+    wanted = torch.tensor([[1.0, 3.0], [4.0, 0.0]])
+    assert apart(wanted + torch.tensor([[7.0], [-2.0]]), wanted).tolist() == pytest.approx([SAME, SAME])
+    assert apart(torch.zeros(2, 2), wanted).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_images_count_by_their_own_contrast_and_with_their_brightness() -> None:
+    wanted = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 1, 2, 2) * torch.tensor([1.0, 100.0]).view(2, 1, 1, 1)
+    found = apart(wanted * 1.1, wanted)
+    assert found[0] == pytest.approx(float(found[1]))
+    assert apart(wanted + 1, wanted).tolist() == pytest.approx([4 / 5, 4 / 50_000])
+
+
+def test_a_single_number_counts_by_the_variance_over_inputs() -> None:
+    wanted = torch.tensor([[1.0], [3.0]])
+    assert apart(wanted + torch.tensor([[1.0], [2.0]]), wanted).tolist() == pytest.approx([1.0, 4.0])
+
+
+def test_what_is_no_number_is_as_far_as_can_be() -> None:
+    found = apart(torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]]), torch.eye(2))
+    assert found.tolist() == pytest.approx([1 / SAME, 1 / SAME])
