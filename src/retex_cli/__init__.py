@@ -351,8 +351,8 @@ def evaluate(
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
     ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
-    model's logits. Raises GateMissed, which carries the report,
-    where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
+    model's logits. Raises GateMissed, which carries the report, where the scores lie under ``fail_under`` (``"99"`` or
+    ``"worst=97,H=95"``, percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
 
