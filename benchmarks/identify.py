@@ -152,7 +152,7 @@ def costs(suite: Suite, features: Mapping[str, Features], table: list[Identifier
                 fitted[f"{OURS} decides/{size}"] = how.encoder, signatures.identify
             else:
                 fitted[f"{how.name}/{size}"] = how.encoder, how.fit(references).scores
-    encoder, run = suite.encoder(suite.merged), layerwise.Run(suite, 0)
+    encoder, run = suite.encoder(suite.merged), layerwise.Run(suite, 0, suite.merged.reference)
     made: dict[str, object] = {}
     for count in TOGETHER:
         places = random.Random(0).sample([(t, i) for t in suite.tasks for i in range(count)], count)
@@ -245,9 +245,15 @@ def main() -> None:
 
 def table(suite: Suite, features: Mapping[str, Features], *, quick: bool = False) -> list[Identifier]:
     """retex first, then the published ones; ``quick``: with one penalty for the routers."""
-    layers = fit({task: draw(part["train"], 32, 0) for task, part in features["merged"].items()}).layout.layers
+
+    @cache
+    def layers() -> tuple[int, ...]:
+        references = {task: draw(part["train"], 32, 0) for task, part in features["merged"].items()}
+        return fit(references).layout.layers
+
     penalties = (1e-3,) if quick else router.PENALTIES
-    return [Identifier(OURS, "merged", lambda r: ours(r)[0]), *identifiers(layers, matrices(suite), penalties)]
+    published = identifiers(layers, lambda: matrices(suite), penalties)
+    return [Identifier(OURS, "merged", lambda references: ours(references)[0]), *published]
 
 
 def shares(suite: Suite, features: Mapping[str, Features], rows: Rows, only: str) -> dict[str, dict[str, object]]:

@@ -96,13 +96,15 @@ class _Means:
 
 
 class Run:
-    """One draw: the merged network, and its adapters once ``prepare`` has made them."""
+    """One draw: the merged network, and its adapters once ``prepare`` has made them.
 
-    def __init__(self, suite: Suite, number: int) -> None:
+    ``merged``: another merge than ESM's, where only its shapes matter.
+    """
+
+    def __init__(self, suite: Suite, number: int, merged: str | None = None) -> None:
         self.suite, self.number = suite, number
         self.heads = suite.heads()
-        folder = suite.retex("merge", "esm", "--method", "esm")
-        with open_checkpoint(str(folder)) as file:
+        with open_checkpoint(merged or str(suite.retex("merge", "esm", "--method", "esm"))) as file:
             self.merged = {name: file.read(name) for name in file.tensors}
         self.network = self._merged_network()
         modules = dict(self.network.module.named_modules())
