@@ -104,9 +104,9 @@ def _leading(rows: torch.Tensor) -> torch.Tensor:
     """At most ``OWN_DIRECTIONS`` orthogonal rows [r, k] with nearly the Gram matrix ``rows^T rows`` of [n, k]."""
     if len(rows) <= OWN_DIRECTIONS:
         return rows
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    del values
-    return vectors[:, -OWN_DIRECTIONS:].T @ rows
+    vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors
+    leading: torch.Tensor = vectors[:, -OWN_DIRECTIONS:].T @ rows
+    return leading
 
 
 @dataclass(frozen=True, slots=True)
