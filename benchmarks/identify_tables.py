@@ -78,7 +78,7 @@ def _identifiers(suite: str, what: str) -> str:
     for name, counts in found.items():
         if counts.get("note"):
             notes.setdefault(str(counts["note"]), []).append(name)
-    text += "\n" + "; ".join(f"{', '.join(names)}: {note}" for note, names in notes.items()) + ".\n\n"
+    text += "\n" + "; ".join(f"{' and '.join(names)}: {note}" for note, names in notes.items()) + ".\n\n"
     counts = [count for count in found["retex"] if count != "note"]
     text += "".join(_standing(found, count, times) for count in counts)
     return text + _ours(found["retex"], times) + "\n" + source(f"identify-{suite}", result)
@@ -127,7 +127,7 @@ def _standing(found: Mapping[str, Mapping[str, Entry]], count: str, times: Mappi
         better = [name for name, theirs in rivals.items() if theirs is not None and sign * (theirs - mine) > 0]
         equal = [name for name, theirs in rivals.items() if theirs == mine]
         ahead += [title + (" (with others)" if equal else "")] if not better else []
-        behind += [f"{title} ({', '.join(better)})"] if better else []
+        behind += [f"{title} ({'; '.join(better)})"] if better else []
     mine_ms = _cost(f"retex/{count}", times)
     quicker = [
         name
@@ -135,7 +135,7 @@ def _standing(found: Mapping[str, Mapping[str, Entry]], count: str, times: Mappi
         if (theirs := _cost(f"{name}/{of}", times)) and any(a[0] < b[0] for a, b in zip(theirs, mine_ms, strict=True))
     ]
     ahead += ["cost"] if times and not quicker else []
-    behind += [f"cost ({', '.join(quicker)})"] if quicker else []
+    behind += [f"cost ({'; '.join(quicker)})"] if quicker else []
     text = f"- {count} inputs: ahead in {', '.join(ahead) or 'nothing'}"
     text += f"; behind in {', '.join(behind)}" if behind else ""
     trained = others.get(TRAINED)
