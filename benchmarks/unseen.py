@@ -1,6 +1,6 @@
 """A task that nobody merged: is it noticed, and does a mix of the experts read it better than any of them?
 
-    python benchmarks/unseen.py text8|vision6 [--fresh]
+    python benchmarks/unseen.py text8|vision6 [--kept] [--fresh]
 
 Leave one task out: the others are merged, their signatures built. Noticed: area under the curve of the surprise of the
 left-out task's test inputs against the others', by themselves and in batches of 16, and how many are called unknown at
@@ -208,16 +208,20 @@ def _probes(
 
 def main() -> None:
     """Read the command line and measure."""
-    arguments = command_line(__doc__).parse_args()
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--kept", action="store_true", help="measure no further task, write the result of those there are"
+    )
+    arguments = parser.parse_args()
     suite = Suite.named(arguments.suite)
     place = suite.cache / "unseen.json"
     kept: dict[str, Entry] = json.loads(place.read_text()) if place.is_file() and not arguments.fresh else {}
     for task in suite.tasks:
-        if task not in kept or not place_of(suite, task).is_file():
+        if not arguments.kept and (task not in kept or not place_of(suite, task).is_file()):
             measured(suite, task, kept)
             place.write_text(json.dumps(kept, indent=1))
             print(task, json.dumps(kept[task]["probes"]), flush=True)
-    tasks = {task: {**judged(suite, task), **kept[task]} for task in suite.tasks}
+    tasks = {task: {**judged(suite, task), **kept[task]} for task in suite.tasks if task in kept}
     print(f"wrote {write(f'unseen-{suite.name}', {'test_rows': TESTS, 'tasks': tasks})}")
 
 
