@@ -183,7 +183,8 @@ _PROBES = """\
 Accuracy of a linear probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of
 several networks, {rows} test rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, tau in
 units of the calibrated temperature, the best expert the best of all others by hindsight. Where inputs are called
-unknown, `recover --task auto` gives the soft expert of 1 tau and says so, and `--min-confidence` refuses them.
+unknown, `recover --task auto` gives the soft expert of 1 tau and says so, as no single expert is known to fit;
+`--min-confidence` refuses them.
 """
 
 
