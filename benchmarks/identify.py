@@ -1,31 +1,35 @@
 """Who finds the task of an input: retex's signatures beside the published identifiers, in one harness.
 
-    python benchmarks/identify.py text8|vision6 [--fresh]
+    python benchmarks/identify.py text8|vision6 [--only NAME] [--kept] [--fresh]
+    python benchmarks/identify.py text8|vision6 --time
 
 Full test sets, one input at a time; means over three draws of the reference inputs, all from the training split. What
 an identification is worth is looked up: every recovered expert answers test inputs of every task once (``suite_runs``).
 E takes the identified encoder and the true head, H both as identified, both as a share of K (task known). ESM++, which
 decides at every layer, runs its own forward pass on a sample of test rows (``layerwise``). Rows are kept in the cache,
-with the commit they were measured at; results go to ``results/identify-SUITE.json``.
+with the commit they were measured at, and so are times, which ``--time`` measures on a machine that does nothing else;
+results go to ``results/identify-SUITE.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import random
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import layerwise
 import numpy as np
 import torch
+from identifiers import router
 from identifiers.form import Fitted, Identifier
 from identifiers.table import identifiers
-from record import ROOT, provenance, write
-from suite_runs import DRAWS, LARGEST, Names, Suite, draw, milliseconds
+from record import provenance, write
+from suite_runs import ANSWERED, DRAWS, LARGEST, Names, Suite, command_line, draw, milliseconds
 from torch import Tensor
 
-from retex_cli.progress import Silent
+from retex_cli.models.device import inference
 from retex_cli.signatures import Signatures, fit
 from retex_cli.signatures.calibrate import wilson
 
@@ -33,6 +37,9 @@ COUNTS = (32, LARGEST)
 OURS = "retex"
 BATCH, BATCHES = 16, 1000
 """Inputs that share a task, and how many random batches of them are tried per task."""
+
+TOGETHER = (1, 32)
+"""Inputs that are identified at once, where time is measured."""
 
 Features = Mapping[str, Mapping[str, Tensor]]
 Entry = dict[str, object]
@@ -124,21 +131,44 @@ def measured(
     else:
         fitted = how.fit(references)
     entry = judged(suite, answers, {task: fitted.scores(features[task]["test"]) for task in suite.tasks})
-    some = torch.cat([part["test"][:64] for part in features.values()])
-    return {
-        **entry,
-        **more,
-        "bytes": fitted.bytes / len(suite.tasks),
-        "ms": milliseconds(lambda: fitted.scores(some), len(some)),
-        "commit": provenance()["commit"],
-    }
+    return {**entry, **more, "bytes": fitted.bytes / len(suite.tasks), **fitted.chosen, **commit()}
 
 
-def pass_ms(suite: Suite) -> float:
-    """Milliseconds of one core for the forward pass of one input, in batches."""
-    rows = suite.test(suite.tasks[0])[:64]
-    encoder = suite.encoder(suite.merged)
-    return milliseconds(lambda: encoder.features(rows, 64, Silent()), len(rows), repeats=3)
+def commit() -> Entry:
+    """Which sources measured a row."""
+    return {"commit": provenance()["commit"]}
+
+
+def costs(suite: Suite, features: Mapping[str, Features], table: list[Identifier]) -> dict[str, object]:
+    """Milliseconds of one core an input, for one input at a time and for batches: of the merged model's forward pass,
+    and of every identifier from features to scores; of retex to the whole decision, too."""
+    fitted: dict[str, tuple[str, Callable[[Tensor], object]]] = {}
+    for how in table:
+        for size in (0,) if how.data_free else COUNTS:
+            references = {t: draw(features[how.encoder][t]["train"], size or 32, 0) for t in suite.tasks}
+            if how.name == OURS:
+                signatures = fit(references)
+                fitted[f"{OURS}/{size}"] = how.encoder, signatures.score
+                fitted[f"{OURS} decides/{size}"] = how.encoder, signatures.identify
+            else:
+                fitted[f"{how.name}/{size}"] = how.encoder, how.fit(references).scores
+    encoder, run = suite.encoder(suite.merged), layerwise.Run(suite, 0, suite.merged.reference)
+    made: dict[str, object] = {}
+    for count in TOGETHER:
+        places = random.Random(0).sample([(t, i) for t in suite.tasks for i in range(count)], count)
+        tests = {t: suite.test(t)[:count] for t in suite.tasks}
+        inputs = encoder.network.inputs([tests[t][i] for t, i in places])
+        with inference(encoder.network.device):
+            found = {"pass": milliseconds(partial(encoder.network.module, **inputs), count, seconds=2.0)}
+        for name, (which, work) in fitted.items():
+            some = torch.stack([features[which][t]["test"][i] for t, i in places])
+            found[name] = milliseconds(partial(work, some), count)
+        for rank in layerwise.RANKS:
+            run.made_up(rank)
+            extra = run.extra_ms(count)
+            found |= {f"ESM++, r = {rank}/{size}": extra for size in COUNTS}
+        made[str(count)] = found
+    return {**made, **commit()}
 
 
 def mean(entries: list[Entry]) -> Entry:
@@ -163,15 +193,17 @@ def mean(entries: list[Entry]) -> Entry:
 class Rows:
     """Measured rows in the suite's cache: identifier -> count -> draw."""
 
-    def __init__(self, place: Path, *, fresh: bool) -> None:
-        self._place = place
+    def __init__(self, place: Path, *, fresh: bool, kept: bool) -> None:
+        self._place, self._kept = place, kept
         self.known: dict[str, dict[str, dict[str, Entry]]] = {}
         if place.is_file() and not fresh:
             self.known = json.loads(place.read_text())
 
-    def get(self, name: str, count: int, number: int, make: Callable[[], Entry]) -> Entry:
-        """The row, measured now if it is not there."""
+    def get(self, name: str, count: int, number: int, make: Callable[[], Entry]) -> Entry | None:
+        """The row, measured now if it is not there; None where rows are only looked up."""
         here = self.known.setdefault(name, {}).setdefault(str(count), {})
+        if str(number) not in here and self._kept:
+            return None
         if str(number) not in here:
             here[str(number)] = make()
             self._place.write_text(json.dumps(self.known, indent=1))
@@ -183,44 +215,75 @@ class Rows:
 
 def main() -> None:
     """Read the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("text8", "vision6"))
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
+    parser = command_line(__doc__)
+    parser.add_argument("--only", help="measure the identifiers whose names begin so, and write no result")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, write the result of the rows there are")
+    parser.add_argument("--time", action="store_true", help="measure milliseconds instead of shares")
     arguments = parser.parse_args()
-    suite = Suite(arguments.suite, ROOT / ".demo" / arguments.suite)
+    suite = Suite.named(arguments.suite)
     features = {which: suite.features(which) for which in ("merged", "base")}
-    answers = suite.answers()
-    rows = Rows(suite.cache / "rows.json", fresh=arguments.fresh)
-    layers = fit({task: draw(part["train"], 32, 0) for task, part in features["merged"].items()}).layout.layers
-    table = [Identifier(OURS, "merged", lambda r: ours(r)[0]), *identifiers(layers, matrices(suite))]
-    result: dict[str, object] = {}
-    for how in table:
-        for count in (0,) if how.data_free else COUNTS:
-            numbers = range(1 if how.data_free else DRAWS)
-
-            def one(number: int, how: Identifier = how, count: int = count) -> Entry:
-                return measured(suite, answers, features[how.encoder], how, count or 32, number)
-
-            entries = [rows.get(how.name, count, number, lambda n=number, f=one: f(n)) for number in numbers]  # type: ignore[misc]
-            result.setdefault(how.name, {"note": how.note})[str(count)] = mean(entries)  # type: ignore[index]
-    for rank in layerwise.RANKS:
-        name = f"ESM++, r = {rank}"
-        for count in COUNTS:
-            entries = [
-                rows.get(name, count, number, lambda c=count, n=number, r=rank: layerwise.measured(suite, c, n, r))  # type: ignore[misc]
-                for number in range(DRAWS)
-            ]
-            result.setdefault(name, {"note": layerwise.NOTE})[str(count)] = mean(entries)  # type: ignore[index]
+    times = suite.cache / "times.json"
+    if arguments.time:
+        times.write_text(json.dumps(costs(suite, features, table(suite, features, quick=True)), indent=1))
+        return
+    rows = Rows(suite.cache / "rows.json", fresh=arguments.fresh, kept=arguments.kept)
+    result = shares(suite, features, rows, arguments.only or "")
+    if arguments.only is not None:
+        return
     tests = {task: len(part["test"]) for task, part in features["merged"].items()}
     expert_bytes = np.mean([sum(file.stat().st_size for file in suite.expert(task).files) for task in suite.tasks])
     done: dict[str, object] = {
         "test_rows": tests,
-        "answered_rows": {task: len(found["truth"]) for task, found in answers.items()},
+        "answered_rows": {task: min(count, ANSWERED) for task, count in tests.items()},
+        "sampled_rows": layerwise.TESTS,
         "expert_bytes": float(expert_bytes),
-        "pass_ms": pass_ms(suite),
+        "milliseconds": json.loads(times.read_text()) if times.is_file() else {},
         "identifiers": result,
     }
-    print(f"wrote {write(f'identify-{arguments.suite}', done)}")
+    print(f"wrote {write(f'identify-{suite.name}', done)}")
+
+
+def table(suite: Suite, features: Mapping[str, Features], *, quick: bool = False) -> list[Identifier]:
+    """retex first, then the published ones; ``quick``: with one penalty for the routers."""
+
+    @cache
+    def layers() -> tuple[int, ...]:
+        references = {task: draw(part["train"], 32, 0) for task, part in features["merged"].items()}
+        return fit(references).layout.layers
+
+    penalties = (1e-3,) if quick else router.PENALTIES
+    published = identifiers(layers, lambda: matrices(suite), penalties)
+    return [Identifier(OURS, "merged", lambda references: ours(references)[0]), *published]
+
+
+def shares(suite: Suite, features: Mapping[str, Features], rows: Rows, only: str) -> dict[str, dict[str, object]]:
+    """Every identifier whose name begins with ``only``: its note, and by the number of inputs the mean of its draws."""
+    answers = suite.answers()
+    plan: list[tuple[str, str, int, range, Callable[[int], Entry]]] = []
+    for how in table(suite, features):
+
+        def one(number: int, how: Identifier = how, count: int = 0) -> Entry:
+            return measured(suite, answers, features[how.encoder], how, count or 32, number)
+
+        for count in (0,) if how.data_free else COUNTS:
+            numbers = range(1 if how.data_free else DRAWS)
+            plan.append((how.name, how.note, count, numbers, partial(one, count=count)))
+    run = cache(partial(layerwise.Run, suite))
+
+    def layered(number: int, rank: int, count: int) -> Entry:
+        return layerwise.measured(run(number), count, rank)
+
+    for rank, draws in layerwise.RANKS.items():
+        for count in COUNTS:
+            found = partial(layered, rank=rank, count=count)
+            plan.append((f"ESM++, r = {rank}", layerwise.NOTE, count, range(draws), found))
+    result: dict[str, dict[str, object]] = {}
+    for name, note, count, numbers, make in plan:
+        if name.startswith(only):
+            entries = [rows.get(name, count, number, partial(make, number)) for number in numbers]
+            if known := [entry for entry in entries if entry is not None]:
+                result.setdefault(name, {"note": note})[str(count)] = mean(known)
+    return result
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from tables import load, percent, row, source
@@ -13,6 +13,8 @@ SUITES = {
 }
 
 Entry = Mapping[str, object]
+
+TRAINED = "linear router, our layers"
 
 HEAD = """\
 # Identification
@@ -36,14 +38,25 @@ def identification_page() -> str:
 
 
 _TABLE = """\
-Full test sets, one input at a time; means over {draws} draws of the reference inputs from the training split. Task
-found: mean over tasks / worst task, percent. E: encoder identified, true head; H: encoder and head identified; percent
-of what is right when the task is known, and in brackets of the experts' own accuracy, on at most {answered:,} test rows
-a task.
-Batches: of 16 inputs known to share a task, how many random ones are given to another task, of 1,000 a task and draw.
-Bytes a task; share of an expert's bytes. Time: processor milliseconds an input beyond the forward pass, which takes
-{pass_ms:.2f}.
+Full test sets, one input at a time; means over three draws of the reference inputs from the training split, unless the
+number stands in brackets. Task found: mean over tasks / worst task, percent. E: encoder identified, true head; H:
+encoder and head identified; percent of what is right when the task is known, and in brackets of the experts' own
+accuracy, on at most {answered:,} test rows a task. Batches: of 16 inputs known to share a task, how many random ones
+are given to another task, of 1,000 a task and draw. Bytes a task; share of an expert's bytes. Cost: milliseconds of one
+core from features to scores for one input at a time / an input of a batch of 32, and in brackets percent of the merged
+model's forward pass, which takes {one} / {many} ms an input.
 """
+
+Column = tuple[str, Callable[[Entry], float | None], int]
+COLUMNS: tuple[Column, ...] = (
+    ("task found", lambda entry: cast("float", entry["accuracy_mean"]), 1),
+    ("worst task", lambda entry: cast("float", entry["accuracy_worst"]), 1),
+    ("E", lambda entry: cast("float", entry["E_mean"]), 1),
+    ("H", lambda entry: cast("float", entry["H_mean"]), 1),
+    ("batches", lambda entry: cast("float | None", entry.get("wrong_batches")), -1),
+    ("bytes", lambda entry: cast("float", entry["bytes"]), -1),
+)
+"""What is compared: its name, its value in a row, and whether more (1) or less (-1) is better."""
 
 
 def _identifiers(suite: str, what: str) -> str:
@@ -52,41 +65,90 @@ def _identifiers(suite: str, what: str) -> str:
         return ""
     found = cast("dict[str, dict[str, Entry]]", result["identifiers"])
     answered = cast("dict[str, int]", result["answered_rows"])
-    text = f"## {suite}: {what}\n\n"
-    text += _TABLE.format(
-        draws=found["retex"]["32"]["draws"], answered=max(answered.values()), pass_ms=cast("float", result["pass_ms"])
-    )
-    heads = ["identifier", "inputs a task", "task found", "E", "H", "wrong batches", "bytes", "share", "ms"]
+    times = cast("dict[str, dict[str, float]]", result["milliseconds"])
+    one, many = (f"{times[count]['pass']:.2f}" if times else "-" for count in ("1", "32"))
+    text = f"## {suite}: {what}\n\n" + _TABLE.format(answered=max(answered.values()), one=one, many=many)
+    heads = ["identifier", "inputs a task", "task found", "E", "H", "wrong batches", "bytes", "share", "cost"]
     text += "\n" + row(heads) + "|---" * len(heads) + "|\n"
     for name, counts in found.items():
         for count, entry in counts.items():
             if count != "note":
-                text += _row(name, count, entry, cast("float", result["expert_bytes"]))
-    notes = [f"{name}: {counts['note']}" for name, counts in found.items() if counts.get("note")]
-    text += "\n" + "; ".join(notes) + ".\n\n" if notes else "\n"
-    return text + _ours(found["retex"]) + "\n" + source(f"identify-{suite}", result)
+                text += _row(name, count, entry, cast("float", result["expert_bytes"]), times)
+    notes: dict[str, list[str]] = {}
+    for name, counts in found.items():
+        if counts.get("note"):
+            notes.setdefault(str(counts["note"]), []).append(name)
+    text += "\n" + "; ".join(f"{' and '.join(names)}: {note}" for note, names in notes.items()) + ".\n\n"
+    counts = [count for count in found["retex"] if count != "note"]
+    text += "".join(_standing(found, count, times) for count in counts)
+    return text + _ours(found["retex"], times) + "\n" + source(f"identify-{suite}", result)
 
 
-def _row(name: str, count: str, entry: Entry, expert: float) -> str:
+def _cost(name: str, times: Mapping[str, Mapping[str, float]]) -> list[tuple[float, float]]:
+    """Milliseconds an input and their share of the pass, one at a time and in batches; empty where not measured."""
+    measured = [of for of in times.values() if isinstance(of, dict) and name in of]
+    return [(of[name], of[name] / of["pass"]) for of in measured]
+
+
+def _row(name: str, count: str, entry: Entry, expert: float, times: Mapping[str, Mapping[str, float]]) -> str:
     size = cast("float", entry["bytes"])
     tried = entry.get("tried_batches")
     batches = f"{entry['wrong_batches']:g} of {tried:,g}" if tried else "-"
+    draws = "" if entry["draws"] == 3 or count == "0" else f" ({entry['draws']} draw)"
+    cost = _cost(f"{name}/{count}", times)
     return row(
         [
             name,
-            "none" if count == "0" else count,
+            ("none" if count == "0" else count) + draws,
             f"{percent(entry['accuracy_mean'])} / {percent(entry['accuracy_worst'])}",
             f"{percent(entry['E_mean'])} ({percent(entry['E_expert_mean'])})",
             f"{percent(entry['H_mean'])} ({percent(entry['H_expert_mean'])})",
             batches,
             f"{size:,.0f}",
             f"{100 * size / expert:.2f} %",
-            f"{entry['ms']:.3f}",
+            " / ".join(f"{ms:.3f} ({100 * share:.1f})" for ms, share in cost) or "-",
         ]
     )
 
 
-def _ours(counts: Mapping[str, Entry]) -> str:
+def _standing(found: Mapping[str, Mapping[str, Entry]], count: str, times: Mapping[str, Mapping[str, float]]) -> str:
+    """In which columns retex is ahead with so many inputs, and by how much of the trained router."""
+    ours = found["retex"][count]
+    others = {
+        name: (of, cast("Entry", counts[of]))
+        for name, counts in found.items()
+        for of in (count, "0")
+        if name != "retex" and of in counts
+    }
+    ahead, behind = [], []
+    for title, value, sign in COLUMNS:
+        mine = cast("float", value(ours))
+        rivals = {name: value(entry) for name, (_, entry) in others.items()}
+        better = [name for name, theirs in rivals.items() if theirs is not None and sign * (theirs - mine) > 0]
+        equal = [name for name, theirs in rivals.items() if theirs == mine]
+        ahead += [title + (" (with others)" if equal else "")] if not better else []
+        behind += [f"{title} ({'; '.join(better)})"] if better else []
+    mine_ms = _cost(f"retex/{count}", times)
+    quicker = [
+        name
+        for name, (of, _) in others.items()
+        if (theirs := _cost(f"{name}/{of}", times)) and any(a[0] < b[0] for a, b in zip(theirs, mine_ms, strict=True))
+    ]
+    ahead += ["cost"] if times and not quicker else []
+    behind += [f"cost ({'; '.join(quicker)})"] if quicker else []
+    text = f"- {count} inputs: ahead in {', '.join(ahead) or 'nothing'}"
+    text += f"; behind in {', '.join(behind)}" if behind else ""
+    trained = others.get(TRAINED)
+    if trained is not None:
+        gains = [
+            f"{title} {100 * (cast('float', value(ours)) - cast('float', value(trained[1]))):+.2f}"
+            for title, value, _ in COLUMNS[:4]
+        ]
+        text += f". Points beside the router trained on the same features: {', '.join(gains)}"
+    return text + ".\n"
+
+
+def _ours(counts: Mapping[str, Entry], times: Mapping[str, Mapping[str, float]]) -> str:
     """What retex says about itself."""
     lines = []
     for count, entry in counts.items():
@@ -95,12 +157,15 @@ def _ours(counts: Mapping[str, Entry]) -> str:
         choice = cast("dict[str, object]", entry["choice"])
         words = ", ".join(f"{name} {value}" for name, value in choice.items() if name != "false alarms")
         low, high = cast("list[float]", entry["promised_interval"])
+        whole = _cost(f"retex decides/{count}", times)
+        cost = " / ".join(f"{ms:.3f} ms ({100 * share:.1f} %)" for ms, share in whole)
         lines.append(
             f"- retex, {count} inputs (first draw): {words}. {percent(entry['confidence'])} % sure on average; "
             f"calibration error {percent(entry['calibration_error'])} %. Called unknown, wanted "
             f"{percent(entry['wanted_alarms'])} %: {percent(entry['alarms'])} % of the test inputs "
             f"({percent(entry['alarms_worst'])} % of the worst task's), where the reference inputs promised "
-            f"{percent(low)} to {percent(high)} %.\n"
+            f"{percent(low)} to {percent(high)} %."
+            + (f" With probability and `unknown` an input costs {cost} of the pass.\n" if cost else "\n")
         )
     return "".join(lines)
 
@@ -110,10 +175,16 @@ _UNSEEN = """\
 
 One task is left out, the others are merged and their signatures built. Area under the curve (AUROC) of how surprising
 the left-out task's test inputs are beside the others', one at a time and in batches of 16; `unknown`: share called so
-at the threshold for 1 % false alarms, in brackets the alarms among the others. Last columns: accuracy of a linear
-probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of several networks,
-{rows} test rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, the best expert the best
-of all others by hindsight.
+at the threshold for 1 % false alarms, in brackets the alarms among the others with their 95 % interval. At 32 inputs
+means of three draws.
+"""
+
+_PROBES = """\
+Accuracy of a linear probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of
+several networks, {rows} test rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, tau in
+units of the calibrated temperature, the best expert the best of all others by hindsight. Where inputs are called
+unknown, `recover --task auto` gives the soft expert of 1 tau and says so, as no single expert is known to fit;
+`--min-confidence` refuses them.
 """
 
 
@@ -122,31 +193,47 @@ def _unseen(suite: str) -> str:
     if result is None:
         return ""
     tasks = cast("dict[str, dict[str, Entry]]", result["tasks"])
-    soft = [name for name in next(iter(tasks.values()))["probes"] if name.startswith("soft")]
-    names = ["merged", "base", *soft]
-    counts = ("32", "256")
-    text = "\n" + _UNSEEN.format(labelled=256, rows=result["test_rows"]) + "\n"
-    heads = [
-        *(f"{what}, {c} inputs" for c in counts for what in ("AUROC", "of batches", "unknown")),
-        *names,
-        "best expert",
-    ]
-    text += row(["left out", *heads]) + "|---" * (len(heads) + 1) + "|\n"
-    table = {task: _unseen_cells(entry, counts, names) for task, entry in tasks.items()}
-    for task, cells in table.items():
-        text += row([task, *(shown for shown, _ in cells)])
-    means = [sum(cells[i][1] for cells in table.values()) / len(table) for i in range(len(heads))]
-    text += row(["mean", *(f"{m:.3f}" if i % 3 < 2 and i < 6 else percent(m) for i, m in enumerate(means))])
+    text = "\n" + _UNSEEN + "\n" + _noticed(tasks) + "\n"
+    text += _PROBES.format(labelled=256, rows=result["test_rows"]) + "\n" + _probed(tasks)
     return text + "\n" + source(f"unseen-{suite}", result)
 
 
-def _unseen_cells(entry: Mapping[str, Entry], counts: tuple[str, ...], names: list[str]) -> list[tuple[str, float]]:
-    """Every cell as text and number."""
+def _noticed(tasks: Mapping[str, Mapping[str, Entry]]) -> str:
+    counts = ("32", "256")
+    heads = [f"{what}, {c} inputs" for c in counts for what in ("AUROC", "of batches", "unknown")]
+    text = row(["left out", *heads]) + "|---" * (len(heads) + 1) + "|\n"
+    means: dict[str, list[float]] = {}
+    for task, entry in tasks.items():
+        cells = []
+        for count in counts:
+            seen = cast("dict[str, float]", entry[count])
+            low, high = cast("list[float]", entry[count]["alarms_interval"])
+            cells += [f"{seen['auroc']:.3f}", f"{seen['auroc_batches']:.3f}"]
+            cells.append(f"{percent(seen['unknown'])} ({percent(seen['alarms'])}; {percent(low)} to {percent(high)})")
+            for key in ("auroc", "auroc_batches", "unknown", "alarms"):
+                means.setdefault(f"{count} {key}", []).append(seen[key])
+        text += row([task, *cells])
+    mean = {key: sum(values) / len(values) for key, values in means.items()}
     cells = []
-    for count in counts:
-        seen = cast("dict[str, float]", entry[count])
-        cells += [(f"{seen[key]:.3f}", seen[key]) for key in ("auroc", "auroc_batches")]
-        cells.append((f"{percent(seen['unknown'])} ({percent(seen['alarms'])})", seen["unknown"]))
-    probes = cast("dict[str, float]", entry["probes"])
-    best = max(value for name, value in probes.items() if name.startswith("expert "))
-    return [*cells, *((percent(probes[name]), probes[name]) for name in names), (percent(best), best)]
+    for c in counts:
+        cells += [f"{mean[f'{c} auroc']:.3f}", f"{mean[f'{c} auroc_batches']:.3f}"]
+        cells.append(f"{percent(mean[f'{c} unknown'])} ({percent(mean[f'{c} alarms'])})")
+    return text + row(["mean", *cells])
+
+
+def _probed(tasks: Mapping[str, Mapping[str, Entry]]) -> str:
+    probes = {task: dict(cast("dict[str, float]", entry["probes"])) for task, entry in tasks.items()}
+    for of in probes.values():
+        of["best expert"] = max(value for name, value in of.items() if name.startswith("expert "))
+    names = [name for name in next(iter(probes.values())) if not name.startswith("expert ")]
+    text = row(["left out", *names]) + "|---" * (len(names) + 1) + "|\n"
+    text += "".join(row([task, *(percent(of[name]) for name in names)]) for task, of in probes.items())
+    mean = {name: sum(of[name] for of in probes.values()) / len(probes) for name in names}
+    text += row(["mean", *(percent(mean[name]) for name in names)])
+    soft = max((name for name in names if name.startswith("soft")), key=mean.__getitem__)
+    wins = [f"{name} on {sum(of[soft] > of[name] for of in probes.values())}" for name in names if "soft" not in name]
+    losses = [f"{name} on {sum(of[soft] < of[name] for of in probes.values())}" for name in names if "soft" not in name]
+    return text + (
+        f"\nThe best soft expert ({soft}) beats {', '.join(wins)} of {len(probes)} tasks, and is beaten by "
+        f"{', '.join(losses)}.\n"
+    )

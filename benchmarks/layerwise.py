@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import random
 import re
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from identifiers.form import unit
 from identifiers.prototypes import Adapter, Routing, adapter, input_mean, routed, watched
 from record import provenance
-from suite_runs import DRAWS, LARGEST, Suite
+from suite_runs import DRAWS, LARGEST, Suite, milliseconds
 from torch import Tensor
 
 from retex_cli.io.checkpoint import open_checkpoint
@@ -24,13 +23,15 @@ from retex_cli.models.statistics import input_grams
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Silent
 
-RANKS = (8,)
-TESTS, CALIBRATION = 200, 32
+RANKS = {2: 1, 8: DRAWS, 32: 1}
+"""Rank of the adapters, and how many draws are run: the rank says little about who is found."""
+
+TESTS, CALIBRATION = 100, 32
 """Test rows of a task that are run, and inputs of a task that adapters are made from (as in the paper)."""
 
 NOTE = (
-    f"its own forward pass, at most {TESTS} test rows a task; task by the vote of its layers; shares are of the same "
-    "pass with the task known; bytes are the prototypes'"
+    f"its own forward pass, on {TESTS} random test rows a task; task by the vote of its layers; E and H are shares of "
+    "the same pass with the task known; bytes are the prototypes'"
 )
 
 _ADAPTED = re.compile(r"(attention\.self\.(query|key|value)|intermediate\.dense|_expand_conv)\.weight$")
@@ -52,14 +53,13 @@ def prefix(names: Iterable[str]) -> str:
     return "bert." if any(name.startswith("bert.") for name in names) else ""
 
 
-def measured(suite: Suite, count: int, number: int, rank: int) -> dict[str, object]:
+def measured(run: Run, count: int, rank: int) -> dict[str, object]:
     """Task found by vote, E and H as shares of the oracle's answers, all on the same rows."""
-    run = _Run(suite, count, number, rank)
+    suite = run.suite
+    run.prepare(count, rank)
     entry: dict[str, dict[str, float]] = {key: {} for key in ("accuracy", "layers", "E", "H", "E_expert", "H_expert")}
     for t, task in enumerate(suite.tasks):
-        rows = suite.test(task)
-        rows = rows if len(rows) <= TESTS else random.Random(0).sample(rows, TESTS)
-        found = run.on(rows, t)
+        found = run.on(sample(suite, task), t)
         entry["accuracy"][task] = float((found.votes.argmax(1) == t).float().mean())
         entry["layers"][task] = float(found.votes[:, t].mean())
         for protocol, right in (("E", found.e), ("H", found.h)):
@@ -67,7 +67,7 @@ def measured(suite: Suite, count: int, number: int, rank: int) -> dict[str, obje
             entry[f"{protocol}_expert"][task] = right / found.expert
     bytes_ = sum(a.prototypes.nbytes for a in run.adapters.values()) / len(suite.tasks)
     stored = sum(a.down.nbytes + a.up.nbytes for a in run.adapters.values()) / 2 / len(suite.tasks)  # in float16
-    return {**entry, "bytes": bytes_, "adapter_bytes": stored, "ms": run.extra_ms(), "commit": provenance()["commit"]}
+    return {**entry, "bytes": bytes_, "adapter_bytes": stored, "commit": provenance()["commit"]}
 
 
 @dataclass(frozen=True)
@@ -95,29 +95,67 @@ class _Means:
         self.parts[name].append(unit(input_mean(x, self.mask)))
 
 
-class _Run:
-    """One draw: the merged network with its adapters."""
+class Run:
+    """One draw: the merged network, and its adapters once ``prepare`` has made them.
 
-    def __init__(self, suite: Suite, count: int, number: int, rank: int) -> None:
-        self.suite = suite
+    ``merged``: another merge than ESM's, where only its shapes matter.
+    """
+
+    def __init__(self, suite: Suite, number: int, merged: str | None = None) -> None:
+        self.suite, self.number = suite, number
         self.heads = suite.heads()
-        folder = suite.retex("merge", "esm", "--method", "esm")
-        with open_checkpoint(str(folder)) as file:
+        with open_checkpoint(merged or str(suite.retex("merge", "esm", "--method", "esm"))) as file:
             self.merged = {name: file.read(name) for name in file.tensors}
         self.network = self._merged_network()
         modules = dict(self.network.module.named_modules())
         self.names = [name for name in modules if _ADAPTED.search(f"{name}.weight")]
-        grams, residuals = self._of_experts(number)
-        means = self._prototypes(count, number)
-        self.adapters: dict[str, Adapter] = {
-            name: adapter(
-                [residuals[task][name] for task in suite.tasks],
-                [grams[task][name] for task in suite.tasks],
-                [means[task][name] for task in suite.tasks],
-                rank,
-            )
-            for name in self.names
+        self.adapters: dict[str, Adapter] = {}
+        self._full: dict[int, dict[str, Adapter]] = {}
+
+    @cached_property
+    def _experts(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        return self._of_experts(self.number)
+
+    def prepare(self, count: int, rank: int) -> None:
+        """Adapters of ``rank``, prototypes of ``count`` inputs a task; larger ranks begin with the smaller ones."""
+        if count not in self._full:
+            (grams, residuals), means = self._experts, self._prototypes(count, self.number)
+            of = {name: [part[name] for part in (residuals[t] for t in self.suite.tasks)] for name in self.names}
+            self._full[count] = {
+                name: adapter(
+                    of[name],
+                    [grams[task][name] for task in self.suite.tasks],
+                    [means[task][name] for task in self.suite.tasks],
+                    max(RANKS),
+                )
+                for name in self.names
+            }
+        self.adapters = {
+            name: Adapter(full.prototypes, full.down[:, :rank], full.up[:, :, :rank])
+            for name, full in self._full[count].items()
         }
+
+    def made_up(self, rank: int) -> None:
+        """Adapters of the right shapes and no meaning, to be timed."""
+        modules, tasks = dict(self.network.module.named_modules()), len(self.suite.tasks)
+        for name in self.names:
+            weight = modules[name].weight
+            assert isinstance(weight, Tensor)
+            out, width = weight.flatten(1).shape
+            rank_ = min(rank, out, width)
+            prototypes = unit(torch.randn(tasks, width))
+            self.adapters[name] = Adapter(prototypes, torch.zeros(tasks, rank_, width), torch.zeros(tasks, out, rank_))
+
+    @cached_property
+    def of_experts(self) -> dict[str, float]:
+        """Share of right answers that every expert itself gives on its sampled rows."""
+        found = {}
+        for task in self.suite.tasks:
+            network, expert = self.suite.network(task), self.suite.expert(task)
+            network.load({tensor: expert.read(tensor) for tensor in expert.tensors}, task)
+            rows = sample(self.suite, task)
+            found[task] = share(self.heads[task](self.suite.before_head(network, rows)), rows)
+        return found
 
     def _merged_network(self) -> Network:
         task = self.suite.tasks[0]
@@ -181,33 +219,31 @@ class _Run:
 
     def on(self, rows: list[Example], task: int) -> _Found:
         """Shares of right answers on one task's ``rows``."""
-        truth = [row.label for row in rows]
         name = self.suite.tasks[task]
         known, _ = self.states(rows, task, oracle=True)
         found, votes = self.states(rows, task, oracle=False)
         by_head = {head: answer(found) for head, answer in self.heads.items()}
         chosen = [self.suite.tasks[int(t)] for t in votes.argmax(1)]
-        network, expert = self.suite.network(name), self.suite.expert(name)
-        network.load({tensor: expert.read(tensor) for tensor in expert.tensors}, name)
-        own = self.heads[name](self.suite.before_head(network, rows))
-        share = [
-            sum(a == b for a, b in zip(given, truth, strict=True)) / len(truth)
-            for given in (
-                by_head[name],
-                [by_head[head][i] for i, head in enumerate(chosen)],
-                self.heads[name](known),
-                own,
-            )
-        ]
-        return _Found(votes, *share)
+        given = [by_head[head][i] for i, head in enumerate(chosen)]
+        oracle = share(self.heads[name](known), rows)
+        return _Found(votes, share(by_head[name], rows), share(given, rows), oracle, self.of_experts[name])
 
-    def extra_ms(self) -> float:
-        """What routing and adapters cost a forward pass, in milliseconds of processor time an input."""
-        rows = self.suite.test(self.suite.tasks[0])[:64]
+    def extra_ms(self, count: int) -> float:
+        """What routing and adapters cost a forward pass of ``count`` inputs, in milliseconds of one core an input."""
+        rows = self.suite.test(self.suite.tasks[0])[:count]
         times = []
         for adapters in ({}, self.adapters):
             with routed(self.network.module, adapters):
-                started = time.process_time()
-                self.suite.before_head(self.network, rows)
-                times.append(time.process_time() - started)
-        return 1000 * (times[1] - times[0]) / len(rows)
+                times.append(milliseconds(lambda: self.suite.before_head(self.network, rows), count, seconds=0.6))
+        return times[1] - times[0]
+
+
+def share(given: Sequence[str], rows: Sequence[Example]) -> float:
+    """Of ``given`` answers those that are right."""
+    return sum(a == row.label for a, row in zip(given, rows, strict=True)) / len(rows)
+
+
+def sample(suite: Suite, task: str) -> list[Example]:
+    """The test rows that are run."""
+    rows = suite.test(task)
+    return rows if len(rows) <= TESTS else random.Random(0).sample(rows, TESTS)

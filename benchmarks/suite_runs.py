@@ -6,6 +6,7 @@ the suite's own budget.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import os
@@ -48,6 +49,11 @@ Names = np.ndarray
 
 class Suite:
     """``text8`` or ``vision6`` under ``folder``; everything slow is kept in ``cache``."""
+
+    @classmethod
+    def named(cls, name: str) -> Suite:
+        """In its usual folder."""
+        return cls(name, ROOT / ".demo" / name)
 
     def __init__(self, name: str, folder: Path) -> None:
         make = ROOT / "examples/suites/make.py"
@@ -180,6 +186,14 @@ class Suite:
         return torch.stack([states[i] for i in range(len(rows))])
 
 
+def command_line(about: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of a suite can be told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=("text8", "vision6"))
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
+    return parser
+
+
 def last_layer(network: Network) -> nn.Linear:
     """The linear layer that gives the logits."""
     layers = [layer for layer in network.module.modules() if isinstance(layer, nn.Linear)]
@@ -214,15 +228,20 @@ def draw(rows: Tensor, count: int, number: int) -> Tensor:
     return rows[(torch.arange(min(count, len(rows))) + start) % len(rows)]
 
 
-def milliseconds(work: Callable[[], object], inputs: int, repeats: int = 5) -> float:
-    """Of one core for each of ``inputs``: the best of a few runs."""
+def milliseconds(work: Callable[[], object], inputs: int = 1, *, seconds: float = 0.4) -> float:
+    """Of one core for each of ``inputs``: the least of five rounds of repeated calls, ``seconds`` in all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    work()
+    started = time.process_time()
+    work()
+    repeats = max(1, int(seconds / 5 / max(time.process_time() - started, 1e-6)))
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
+        for _ in range(repeats):
+            work()
+        times.append((time.process_time() - started) / repeats)
     torch.set_num_threads(before)
     return 1000 * min(times) / inputs
 

@@ -1,18 +1,17 @@
 """A task that nobody merged: is it noticed, and does a mix of the experts read it better than any of them?
 
-    python benchmarks/unseen.py text8|vision6 [--fresh]
+    python benchmarks/unseen.py text8|vision6 [--kept] [--fresh]
 
 Leave one task out: the others are merged, their signatures built. Noticed: area under the curve of the surprise of the
 left-out task's test inputs against the others', by themselves and in batches of 16, and how many are called unknown at
 the stated rate. Read: a linear probe, trained on labelled training rows of the left-out task, on the frozen final
 embedding of the merged model, of the base, of every expert, and of soft experts ``merged + sum e_t offset_t`` with
 ``e = softmax(-score / tau)`` averaged over the unlabelled references (arXiv 2606.26902); exact offsets.
-Rows are kept in the cache; results go to ``results/unseen-SUITE.json``.
+Features and probes are kept in the cache; results go to ``results/unseen-SUITE.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -22,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from identifiers.form import unit
-from record import ROOT, provenance, write
-from suite_runs import LARGEST, Suite
+from record import provenance, write
+from suite_runs import DRAWS, LARGEST, Suite, command_line
 from torch import Tensor
 
 import retex_cli
@@ -35,6 +34,7 @@ from retex_cli.models.network import Network
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Silent
 from retex_cli.signatures import Signatures, fit
+from retex_cli.signatures.calibrate import wilson
 
 COUNTS = (32, LARGEST)
 TESTS = 200
@@ -59,7 +59,7 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
     return float((below + up_to).double().mean() / 2 / len(ordered))
 
 
-def noticed(signatures: Signatures, tests: Mapping[str, Tensor], left_out: str) -> Entry:
+def noticed(signatures: Signatures, tests: Mapping[str, Tensor], left_out: str) -> dict[str, float]:
     """The others' test features [m, L, D] against the left-out task's."""
     surprise = {task: signatures.identify(part).surprise for task, part in tests.items()}
     known = torch.cat([part for task, part in surprise.items() if task != left_out])
@@ -145,21 +145,44 @@ class LeftOut:
         return Encoder(network, thread_count(None)).features(rows, 64, Silent())[:, -1]
 
 
-def measured(suite: Suite, task: str) -> Entry:
-    """Both questions for one left-out task."""
+def measured(suite: Suite, task: str, kept: dict[str, Entry]) -> None:
+    """What takes long for one left-out task, into ``kept``: the features that signatures read, and the probes."""
     with tempfile.TemporaryDirectory(dir=suite.folder) as name:
         left = LeftOut(suite, task, Path(name))
         encoder = suite.encoder(left.checkpoint)
         tests = left.tests()
-        features = {other: encoder.features(rows, 64, Silent()) for other, rows in tests.items()}
         train = {t: [example for example, _ in suite.train(t)[:LARGEST]] for t in suite.tasks}
-        references = {other: encoder.features(rows, 64, Silent()) for other, rows in train.items()}
+        arrays = {f"test/{t}": encoder.features(rows, 64, Silent()).numpy() for t, rows in tests.items()}
+        arrays |= {f"train/{t}": encoder.features(rows, 64, Silent()).numpy() for t, rows in train.items()}
+        np.savez(place_of(suite, task), **arrays)
+        references = {other: torch.from_numpy(arrays[f"train/{other}"]) for other in left.others}
         entry: Entry = {}
-        for count in COUNTS:
-            signatures = fit({other: references[other][:count] for other in left.others})
-            entry[str(count)] = noticed(signatures, features, task)
-        entry["probes"], entry["shares"] = _probes(left, signatures, references[task], train[task], tests[task])
-        return {**entry, "commit": provenance()["commit"]}
+        entry["probes"], entry["shares"] = _probes(
+            left, fit(references), torch.from_numpy(arrays[f"train/{task}"]), train[task], tests[task]
+        )
+        kept[task] = {**entry, "commit": provenance()["commit"]}
+
+
+def place_of(suite: Suite, task: str) -> Path:
+    """Features of the merge without this task."""
+    return suite.cache / f"unseen-{task}.npz"
+
+
+def judged(suite: Suite, task: str) -> Entry:
+    """How well the left-out task is noticed, from its kept features; means over draws of fewer references."""
+    with np.load(place_of(suite, task)) as file:
+        found = {name: torch.from_numpy(file[name]) for name in file.files}
+    tests = {other: found[f"test/{other}"] for other in suite.tasks}
+    entry: Entry = {}
+    for count in COUNTS:
+        draws = []
+        for start in range(0, DRAWS * count, count) if count < LARGEST else (0,):
+            references = {t: found[f"train/{t}"][start : start + count] for t in suite.tasks if t != task}
+            draws.append(noticed(fit(references), tests, task))
+        mean = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+        known = sum(len(part) for other, part in tests.items() if other != task)
+        entry[str(count)] = {**mean, "alarms_interval": wilson(round(mean["alarms"] * known), known)}
+    return entry
 
 
 def _probes(
@@ -185,19 +208,21 @@ def _probes(
 
 def main() -> None:
     """Read the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("text8", "vision6"))
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--kept", action="store_true", help="measure no further task, write the result of those there are"
+    )
     arguments = parser.parse_args()
-    suite = Suite(arguments.suite, ROOT / ".demo" / arguments.suite)
+    suite = Suite.named(arguments.suite)
     place = suite.cache / "unseen.json"
-    known: dict[str, Entry] = json.loads(place.read_text()) if place.is_file() and not arguments.fresh else {}
+    kept: dict[str, Entry] = json.loads(place.read_text()) if place.is_file() and not arguments.fresh else {}
     for task in suite.tasks:
-        if task not in known:
-            known[task] = measured(suite, task)
-            place.write_text(json.dumps(known, indent=1))
-            print(task, json.dumps(known[task]), flush=True)
-    print(f"wrote {write(f'unseen-{arguments.suite}', {'test_rows': TESTS, 'tasks': known})}")
+        if not arguments.kept and (task not in kept or not place_of(suite, task).is_file()):
+            measured(suite, task, kept)
+            place.write_text(json.dumps(kept, indent=1))
+            print(task, json.dumps(kept[task]["probes"]), flush=True)
+    tasks = {task: {**judged(suite, task), **kept[task]} for task in suite.tasks if task in kept}
+    print(f"wrote {write(f'unseen-{suite.name}', {'test_rows': TESTS, 'tasks': tasks})}")
 
 
 if __name__ == "__main__":

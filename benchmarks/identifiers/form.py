@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ References = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Fitted:
     """``scores`` of features [m, layers, width] are [m, tasks], smaller is closer. ``bytes``: what has to be stored
-    for all tasks together."""
+    for all tasks together. ``chosen``: what the fit decided by itself."""
 
     scores: Callable[[Tensor], Tensor]
     bytes: int
+    chosen: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

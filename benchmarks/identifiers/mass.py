@@ -1,4 +1,16 @@
-"""The router of MASS (arXiv 2504.05342): which task's weight directions hold the input's activation? No data needed."""
+"""The router of MASS (arXiv 2504.05342): which task's weight directions hold the input's activation?
+
+What follows the paper: a first pass of the merged model gives the activation z that enters a layer; task t's subspace
+is spanned by the leading right singular vectors V_t of its task vector of that layer, as many as its merge keeps (a
+share 1 / T of them); the residual of the projection, ``|| z - V_t V_t^T z ||``, is smallest for the task of the input.
+Nothing is trained, and no data describes a task.
+
+What does not, or had to be decided: z is the mean over positions; queries, keys and values read the same z, so their
+task vectors are stacked, each scaled to norm one; the residual is divided by ``|| z ||``, which orders tasks alike in
+one layer and lets layers be averaged. The paper routes at one layer, found on validation data: ``chosen_layer`` finds
+it on the reference inputs, ``residual`` stays without data and averages all layers. Its second pass, which runs the
+experts of several tasks together, is not part of identifying.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +19,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from identifiers.form import Fitted, unit
+from identifiers.form import Fitted, References, unit
+
+TaskVectors = Mapping[str, Mapping[int, Sequence[Tensor]]]
+"""Task -> layer of the features -> ``[d_out, d_in]`` task vectors of the matrices that read this layer's output."""
 
 
 def directions(vectors: Sequence[Tensor], share: float) -> Tensor:
@@ -18,14 +33,14 @@ def directions(vectors: Sequence[Tensor], share: float) -> Tensor:
     return torch.linalg.svd(stacked, full_matrices=False)[2][:rank]
 
 
-def residual(task_vectors: Mapping[str, Mapping[int, Sequence[Tensor]]]) -> Fitted:
-    """``task_vectors``: task -> layer of the features -> matrices that read this layer's output.
-
-    The score is ``|| z - V V^T z || / || z ||``, z the pooled activation, V a share 1 / T of each layer's directions as
-    in the paper's merge, here averaged over the layers: the paper reads one layer, chosen on data.
-    """
+def subspaces(task_vectors: TaskVectors) -> list[dict[int, Tensor]]:
+    """Of every task, by layer."""
     share = 1 / len(task_vectors)
-    bases = [{layer: directions(found, share) for layer, found in of.items()} for of in task_vectors.values()]
+    return [{layer: directions(found, share) for layer, found in of.items()} for of in task_vectors.values()]
+
+
+def residual(bases: Sequence[Mapping[int, Tensor]]) -> Fitted:
+    """The residuals of ``subspaces``, averaged over their layers."""
 
     def scores(features: Tensor) -> Tensor:
         columns = []
@@ -38,3 +53,16 @@ def residual(task_vectors: Mapping[str, Mapping[int, Sequence[Tensor]]]) -> Fitt
         return torch.stack(columns, 1)
 
     return Fitted(scores, sum(basis.nbytes for of in bases for basis in of.values()))
+
+
+def chosen_layer(bases: Sequence[Mapping[int, Tensor]], references: References) -> Fitted:
+    """The residual of the one layer that names most of the references right, the mean over tasks."""
+
+    def right(layer: int) -> float:
+        fitted = residual([{layer: of[layer]} for of in bases])
+        found = [(fitted.scores(part).argmin(1) == t).double().mean() for t, part in enumerate(references.values())]
+        return float(torch.stack(found).mean())
+
+    best = max(bases[0], key=right)
+    fitted = residual([{best: of[best]} for of in bases])
+    return Fitted(fitted.scores, fitted.bytes, {"layer": float(best)})

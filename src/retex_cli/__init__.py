@@ -215,6 +215,7 @@ def build_signatures(
     base: str | None = None,
     model: str | None = None,
     samples: int | None = None,
+    or_fewer: bool = False,
     max_length: int | None = None,
     batch_size: int = 32,
     device: str = "auto",
@@ -223,7 +224,10 @@ def build_signatures(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildSignaturesReport:
-    """Describe every task by ``samples`` of its unlabelled ``inputs`` (task name to path) and write one file."""
+    """Describe every task by ``samples`` of its unlabelled ``inputs`` (task name to path) and write one file.
+
+    ``or_fewer``: a file that has fewer gives all it has.
+    """
     from retex_cli.commands import build_signatures as command
 
     config = command.BuildSignaturesConfig(
@@ -234,6 +238,7 @@ def build_signatures(
         base=base,
         model=model,
         samples=samples,
+        or_fewer=or_fewer,
         max_length=max_length,
         batch_size=batch_size,
         device=device,
@@ -252,6 +257,7 @@ def change_signatures(
     remove: Sequence[str] = (),
     model: str | None = None,
     samples: int | None = None,
+    or_fewer: bool = False,
     batch_size: int = 32,
     device: str = "auto",
     threads: int | None = None,
@@ -267,6 +273,7 @@ def change_signatures(
         remove=tuple(remove),
         model=model,
         samples=samples,
+        or_fewer=or_fewer,
         batch_size=batch_size,
         device=device,
         threads=threads,
@@ -344,8 +351,8 @@ def evaluate(
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
     ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
-    model's logits. Raises GateMissed, which carries the report,
-    where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``, percent of the experts' accuracy).
+    model's logits. Raises GateMissed, which carries the report, where the scores lie under ``fail_under`` (``"99"`` or
+    ``"worst=97,H=95"``, percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
 

@@ -69,6 +69,32 @@ def test_too_few_inputs_are_refused(made: Path, retex: Retex) -> None:
     assert "20 inputs for task 'cars', at least 32" in result.err
 
 
+def test_samples_of_the_workspace_are_as_many_as_there_are(made: Path, retex: Retex) -> None:
+    """A number in ``retex.toml`` stands for all tasks, and one with fewer inputs gives what it has."""
+    lines = Path("data/cars-inputs.jsonl").read_text().splitlines()[:40]
+    Path("data/cars-inputs.jsonl").write_text("\n".join(lines))
+    Path("retex.toml").write_text(Path("retex.toml").read_text() + "\n[signatures]\nsamples = 44\nmax_length = 32\n")
+    result = retex("build-signatures", "--overwrite", "--json")
+    assert result.code == 0, result.err
+    assert {task: row["inputs"] for task, row in result.json["tasks"].items()} == {"cars": 40, "dtd": 44}
+    assert "fewer than 44 inputs, all of them are used: cars 40" in result.err
+
+
+def test_samples_that_were_typed_are_wanted(made: Path, retex: Retex) -> None:
+    result = retex("build-signatures", "--overwrite", "--samples", "200")
+    assert result.code == 1
+    assert "48 inputs for task 'cars', at least 200" in result.err
+    assert "smaller --samples" in result.err
+
+
+def test_a_newcomer_may_have_fewer_inputs_than_the_workspace_asks_for(made: Path, retex: Retex) -> None:
+    Path("retex.toml").write_text(Path("retex.toml").read_text() + "\n[signatures]\nsamples = 200\n")
+    result = retex("build-signatures", "--remove", "dtd", "--add", "dtd", "--json")
+    assert result.code == 0, result.err
+    assert result.json["tasks"]["dtd"]["inputs"] == 48
+    assert "fewer than 200 inputs, all of them are used: dtd 48" in result.err
+
+
 @pytest.mark.parametrize(("line", "words"), [("{broken", "not valid JSON"), ('{"text": ""}', "the text is ''")])
 def test_unreadable_inputs_are_refused_with_their_line(made: Path, retex: Retex, line: str, words: str) -> None:
     path = Path("data/cars-inputs.jsonl")

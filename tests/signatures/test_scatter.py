@@ -29,6 +29,15 @@ def test_what_is_cut_off_is_spread_over_the_rest() -> None:
     torch.testing.assert_close(torch.tensor(part.total).double(), values.sum())
 
 
+def test_leading_directions_are_those_of_a_smaller_scatter() -> None:
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, wanted = scatter(rows, 4).leading(2), scatter(rows, 2)
+    assert (len(found.basis), found.count) == (2, 50)
+    torch.testing.assert_close(found.factor.T @ found.factor, wanted.factor.T @ wanted.factor)
+    assert abs(found.residual - wanted.residual) < 1e-12
+    assert scatter(rows, 2).leading(2).basis.shape == (2, 6)
+
+
 def test_repeated_inputs_have_no_directions() -> None:
     rows = torch.full((8, 5), 0.3, dtype=torch.float64)
     assert len(scatter(rows).basis) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retex_cli.errors import RetexError, UsageError
-from retex_cli.signatures import Signatures, fit, gaussian, storage
+from retex_cli.signatures import Signatures, fit, gaussian, scorer, storage
 from retex_cli.signatures.features import concatenate, unit_layers
 from retex_cli.signatures.scatter import floored, scatter
 from retex_cli.signatures.select import select
@@ -124,6 +125,19 @@ def exact_scores(
 
 def across(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean(1, keepdim=True)).double()
+
+
+def test_few_own_directions_score_nearly_as_all_of_them(clouds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 inputs have 129 directions of their own, of which 64 are looked at."""
+    signatures = fit(clouds("abc", 130, width=60, gap=0.15))
+    rows = torch.cat(list(clouds("abc", 200, width=60, gap=0.15, seed=1).values()))
+    few, said = signatures.score(rows), signatures.identify(rows)
+    monkeypatch.setattr(scorer, "OWN_DIRECTIONS", 500)
+    whole = replace(signatures)
+    every = whole.score(rows)
+    assert 0 < (across(few) - across(every)).abs().max() < 0.1 * across(every).abs().max()
+    assert (few.argmin(1) == every.argmin(1)).double().mean() > 0.97
+    assert (said.unknown == whole.identify(rows).unknown).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("count", [8, 48])

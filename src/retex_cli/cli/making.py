@@ -315,6 +315,10 @@ def build_signatures(
     samples: Annotated[
         int | None, typer.Option("--samples", min=32, max=256, metavar="N", help="Inputs per task, 32 to 256.")
     ] = None,
+    or_fewer: Annotated[
+        bool,
+        typer.Option("--or-fewer", help="A task with fewer inputs gives all it has, as with samples of retex.toml."),
+    ] = False,
     max_length: Annotated[int | None, typer.Option("--max-length", min=1, metavar="N", help="Tokens per text.")] = None,
     add: Annotated[
         list[str] | None,
@@ -365,6 +369,7 @@ def build_signatures(
             remove=tuple(remove or ()),
             model=model_of(space, model),
             samples=samples or space.signatures.samples,
+            or_fewer=or_fewer or samples is None,
             batch_size=batch_size or space.eval.batch_size or 32,
             device=device,
             threads=threads,
@@ -382,6 +387,7 @@ def build_signatures(
         base=base or space.base,
         model=model_of(space, model),
         samples=samples or space.signatures.samples,
+        or_fewer=or_fewer or samples is None,
         max_length=max_length or space.signatures.max_length,
         batch_size=batch_size or space.eval.batch_size or 32,
         device=device,

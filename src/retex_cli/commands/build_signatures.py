@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import retex_cli
 from retex_cli.commands.identifier import FORMAT, VERSION, encoder_of, shapes_of
@@ -27,7 +28,8 @@ LEAST, MOST = 32, 256
 @dataclass(frozen=True)
 class BuildSignaturesConfig:
     """``inputs``: task -> file of unlabelled inputs. ``samples``: how many of each are read, the first ones; None for
-    all there are, up to 256. ``base`` is the encoder of the preset "sim". ``model``: see ``models.network.Network``."""
+    all there are, up to 256. ``or_fewer``: a file that has fewer gives all it has, and a note says so.
+    ``base`` is the encoder of the preset "sim". ``model``: see ``models.network.Network``."""
 
     merged: str
     inputs: Mapping[str, str]
@@ -36,6 +38,7 @@ class BuildSignaturesConfig:
     base: str | None = None
     model: str | None = None
     samples: int | None = None
+    or_fewer: bool = False
     max_length: int | None = None
     batch_size: int = 32
     device: str = "auto"
@@ -104,7 +107,7 @@ def plan(config: BuildSignaturesConfig) -> BuildSignaturesPlan:
     if not config.inputs:
         raise UsageError("no inputs to build signatures from", "give --inputs NAME=FILE, or inputs in retex.toml")
     encoder = open_checkpoint(config.base if config.preset == "sim" and config.base else config.merged)
-    inputs = {task: take(task, config.inputs[task], config.samples) for task in sorted(config.inputs)}
+    inputs = {task: take(task, config.inputs[task], config) for task in sorted(config.inputs)}
     files = [*encoder.files, *map(Path, config.inputs.values())]
     check_artefact(config.output, overwrite=config.overwrite, inputs=files)
     return BuildSignaturesPlan(config, encoder, inputs)
@@ -116,16 +119,37 @@ def check_samples(samples: int | None) -> None:
         raise UsageError(f"--samples {samples}: signatures take {LEAST} to {MOST} inputs a task")
 
 
-def take(task: str, path: str, samples: int | None) -> tuple[Example, ...]:
-    """The first ``samples`` inputs of a file, or up to ``MOST``. RetexError where there are fewer, or not ``LEAST``."""
+class Wanted(Protocol):
+    """How many inputs of a task are read; see ``BuildSignaturesConfig``."""
+
+    @property
+    def samples(self) -> int | None: ...
+
+    @property
+    def or_fewer(self) -> bool: ...
+
+
+def take(task: str, path: str, wanted: Wanted) -> tuple[Example, ...]:
+    """The first inputs of a file, as many as wanted, or up to ``MOST``.
+
+    RetexError where there are fewer than wanted, unless fewer will do, and where there are not ``LEAST``.
+    """
     rows = read_rows(Path(path))
-    wanted = samples or min(len(rows), MOST)
-    if len(rows) < max(wanted, LEAST):
+    count = wanted.samples or MOST
+    least = LEAST if wanted.or_fewer or wanted.samples is None else count
+    if len(rows) < least:
         raise RetexError(
-            f"{path}: {len(rows)} inputs for task {task!r}, at least {max(wanted, LEAST)} are needed",
-            "give more unlabelled inputs" + ("" if samples is None else ", or a smaller --samples"),
+            f"{path}: {len(rows)} inputs for task {task!r}, at least {least} are needed",
+            "give more unlabelled inputs" + ("" if least == LEAST else ", or a smaller --samples"),
         )
-    return tuple(rows[:wanted])
+    return tuple(rows[:count])
+
+
+def note_fewer(inputs: Mapping[str, Sequence[Example]], samples: int | None, progress: Progress) -> None:
+    """Say which tasks have fewer inputs than ``samples``."""
+    few = [f"{task} {len(rows)}" for task, rows in inputs.items() if samples is not None and len(rows) < samples]
+    if few:
+        progress.note(f"fewer than {samples} inputs, all of them are used: {', '.join(few)}")
 
 
 def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
@@ -135,6 +159,7 @@ def run(plan: BuildSignaturesPlan, progress: Progress) -> BuildSignaturesReport:
     encoder = encoder_of(
         plan.encoder, device, thread_count(config.threads), model=config.model, max_length=config.max_length
     )
+    note_fewer(plan.inputs, config.samples, progress)
     progress.start("reading features", sum(map(len, plan.inputs.values())))
     features = {task: encoder.features(examples, config.batch_size, progress) for task, examples in plan.inputs.items()}
     progress.start("fitting signatures", 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from retex_cli.commands.build_signatures import (
     BuildSignaturesReport,
     check_samples,
+    note_fewer,
     source_of,
     take,
     write_signatures,
@@ -41,6 +42,7 @@ class ChangeSignaturesConfig:
     remove: tuple[str, ...] = ()
     model: str | None = None
     samples: int | None = None
+    or_fewer: bool = False
     batch_size: int = 32
     device: str = "auto"
     threads: int | None = None
@@ -81,7 +83,7 @@ def plan(config: ChangeSignaturesConfig) -> ChangeSignaturesPlan:
                 f"{config.signatures}: there is a signature of task {task!r} already",
                 f"--remove {task} --add {task}={config.add[task]} replaces it",
             )
-    inputs = {task: take(task, config.add[task], config.samples) for task in sorted(config.add)}
+    inputs = {task: take(task, config.add[task], config) for task in sorted(config.add)}
     encoder = file.encoder(config.merged) if inputs else None
     files = [*(encoder.files if encoder else ()), *map(Path, config.add.values())]
     check_artefact(config.signatures, overwrite=True, inputs=files)
@@ -100,6 +102,7 @@ def run(plan: ChangeSignaturesPlan, progress: Progress) -> BuildSignaturesReport
             threads=thread_count(config.threads),
             batch_size=config.batch_size,
         )
+        note_fewer(plan.inputs, config.samples, progress)
         progress.start("reading features", sum(map(len, plan.inputs.values())))
         for task, examples in plan.inputs.items():
             features = identifier.features(examples, progress)

@@ -40,9 +40,8 @@ NO_OFFSETS = ""
 class EvalConfig:
     """``tests``: task -> labelled file. ``output``: where the JSON goes besides the report. ``logits``: a safetensors
     file for every expert's, the merged and every recovered expert's (protocol K) logits, in the order of the tests.
-    ``picture``: an SVG file for the confusion of tasks.
-    ``fail_under``: see ``evaluation.gates``. ``base`` is needed only where an expert is a LoRA adapter.
-    ``model``: see ``models.network.Network``."""
+    ``picture``: an SVG file for the confusion of tasks. ``fail_under``: see ``evaluation.gates``. ``base`` is needed
+    only where an expert is a LoRA adapter. ``model``: see ``models.network.Network``."""
 
     merged: str
     offsets: str

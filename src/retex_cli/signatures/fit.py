@@ -44,7 +44,7 @@ def fit(
     rows = [concatenate(unit, chosen.layout) for unit in units]
     parts = [scatter_of(recipe, part) for part in rows]
     scores = torch.split(chosen.scores, [len(part) for part in rows])
-    own = [own_left_out(recipe, rows[t], parts[t], scores[t][:, t]) for t in range(len(tasks))]
+    own = [own_left_out(recipe, rows[t], scores[t][:, t]) for t in range(len(tasks))]
     entropies = [entropy(part, recipe.temperature) for part in scores]
     strange = Strangeness.of([torch.stack(pair, 1).float() for pair in zip(own, entropies, strict=True)])
     stored, recognised = {}, {}

@@ -45,7 +45,7 @@ def join(
     ``rows`` [n, D] float64, ``scores`` as ``left_out_scores`` gives them. The others are only read.
     """
     part = scatter_of(recipe, rows)
-    own = own_left_out(recipe, rows, part, scores[:, -1])
+    own = own_left_out(recipe, rows, scores[:, -1])
     mine = torch.stack([own, entropy(scores, recipe.temperature)], 1).float()
     strange = Strangeness.of([*(other.calibration for other in others), mine])
     parts = [*(other.scatter() for other in others), part]

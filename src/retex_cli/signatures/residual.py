@@ -10,15 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from retex_cli.signatures import folds
 from retex_cli.signatures.scatter import scatter
 
 SHARE = 0.1
 """Directions kept, as a share of the dimensions (published)."""
-
-EXACT_UP_TO = 64
-"""Reference inputs per task that are left out one by one; more are left out in ``FOLDS`` interleaved folds."""
-
-FOLDS = 16
 
 
 def rank_of(size: int, count: int) -> int:
@@ -44,15 +40,12 @@ def subspace(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def left_out(rows: torch.Tensor) -> torch.Tensor:
     """Score ``[n]`` of each of one task's inputs under a subspace fitted without its fold (without itself, n <= 64)."""
-    count = len(rows)
-    folds = count if count <= EXACT_UP_TO else FOLDS
-    scores = rows.new_empty(count)
-    for fold in range(folds):
-        held = torch.arange(count) % folds == fold
-        rest = rows[~held]
+
+    def judge(rest: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
         mean, basis = subspace(rest) if len(rest) > 1 else (rest.mean(0), rest[:0])
-        scores[held] = distances(rows[held], mean[None], [basis])[:, 0]
-    return scores
+        return distances(held, mean[None], [basis])[:, 0]
+
+    return folds.left_out(rows, judge)
 
 
 def leave_each_out(rows: Sequence[torch.Tensor]) -> torch.Tensor:

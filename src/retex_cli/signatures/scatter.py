@@ -39,6 +39,14 @@ class Scatter:
         rank, size = self.basis.shape
         return float(self.spectrum.sum()) + self.residual * (size - rank)
 
+    def leading(self, rank: int) -> Scatter:
+        """With ``rank`` directions at most; what the others hold is spread evenly, so that the trace stays."""
+        size = self.mean.shape[0]
+        if len(self.basis) <= rank:
+            return self
+        left = float(self.spectrum[rank:].sum()) + self.residual * (size - len(self.basis))
+        return Scatter(self.count, self.mean, self.basis[:rank], self.spectrum[:rank], left / (size - rank))
+
 
 def scatter(rows: torch.Tensor, max_rank: int = MAX_RANK) -> Scatter:
     """Scatter of float64 ``rows`` [n >= 2, D]: at most n - 1 directions, since the mean takes one.

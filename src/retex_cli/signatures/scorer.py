@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from retex_cli.signatures import gaussian, residual
-from retex_cli.signatures.scatter import Scatter, floored, pooled_variance
+from retex_cli.signatures.folds import left_out
+from retex_cli.signatures.scatter import Scatter, floored, pooled_variance, scatter
 
 OWN_RIDGE = 0.5
 """Shrinkage of a task's own covariance where an input's strangeness is measured; 0.1 to 0.9 made no difference."""
+
+OWN_DIRECTIONS = 64
+"""Of a task's own covariance that is looked at: all of them cost four times as much at 256 reference inputs."""
 
 CHUNK = 4096
 """Inputs scored at once: bounds the memory."""
@@ -59,34 +63,50 @@ def frame(parts: Sequence[Scatter], shrinkage: float, own: float) -> Frame:
 class GaussianScorer:
     """The discriminant up to ``(x - origin)^T A^-1 (x - origin)``, A the shared part, which is one number per input.
 
-    Left is, per task s with deviations d = x - origin, ``offsets[s] - linear[s] d - || rows_s d - shifts_s ||^2``:
-    one product of a batch with ``functionals`` [T + sum r_s, D], the linear rows first.
+    Left is, per task s with deviations d = x - origin, ``offsets[s] - linear[s] d - || rows_s d - shifts_s ||^2``: one
+    product of a batch with ``functionals`` [T (1 + r), D], the linear rows first. Of a task's own directions the r
+    that matter most are looked at, padded with zeros where it has fewer; the others count as for a mean input.
     """
 
-    origin: torch.Tensor
     functionals: torch.Tensor
-    offsets: torch.Tensor
-    shifts: tuple[torch.Tensor, ...]
+    constants: torch.Tensor
+    tasks: int
 
     @classmethod
     def of(cls, parts: Sequence[Scatter], shrinkage: float, own: float) -> GaussianScorer:
         """See ``frame``."""
         made = frame(parts, shrinkage, own)
         white = made.white
-        functionals = made.functionals(torch.cat([2 * white.means, *white.own]))
-        offsets = (white.means * white.means).sum(1) + white.log_det
-        shifts = tuple((own @ mean).float() for own, mean in zip(white.own, white.means, strict=True))
-        return cls(made.origin.float(), functionals, (offsets - offsets.mean()).float(), shifts)
+        kept = [_leading(rows) for rows in white.own]
+        rest = [(rows * rows).sum() - (few * few).sum() for rows, few in zip(white.own, kept, strict=True)]
+        offsets = (white.means * white.means).sum(1) + white.log_det - torch.stack(rest)
+        rank = max(map(len, kept))
+        padded = [torch.nn.functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in kept]
+        shifts = torch.cat([rows @ mean for rows, mean in zip(padded, white.means, strict=True)])
+        functionals = made.functionals(torch.cat([2 * white.means, *padded]))
+        constants = torch.cat([offsets.mean() - offsets, -shifts]) - functionals.double() @ made.origin
+        return cls(functionals, constants.float(), len(parts))
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """``[m, T]`` of float32 ``rows`` [m, D]."""
+        if len(rows) <= CHUNK:
+            return self._scores(rows)
         return torch.cat([self._scores(part) for part in torch.split(rows, CHUNK)])
 
     def _scores(self, rows: torch.Tensor) -> torch.Tensor:
-        products = (rows - self.origin) @ self.functionals.T
-        linear, *own = torch.split(products, [len(self.offsets), *map(len, self.shifts)], 1)
-        inside = [(part - shift).square().sum(1) for part, shift in zip(own, self.shifts, strict=True)]
-        return self.offsets - linear - torch.stack(inside, 1)
+        products = torch.addmm(self.constants, rows, self.functionals.T)
+        own = len(self.functionals) // self.tasks - 1
+        inside = products[:, self.tasks :].view(len(rows), self.tasks, own).square().sum(2)
+        return inside.add_(products[:, : self.tasks]).neg_()
+
+
+def _leading(rows: torch.Tensor) -> torch.Tensor:
+    """At most ``OWN_DIRECTIONS`` orthogonal rows [r, k] with nearly the Gram matrix ``rows^T rows`` of [n, k]."""
+    if len(rows) <= OWN_DIRECTIONS:
+        return rows
+    vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors
+    leading: torch.Tensor = vectors[:, -OWN_DIRECTIONS:].T @ rows
+    return leading
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +139,11 @@ class OwnDistance:
 
     @classmethod
     def of(cls, part: Scatter) -> OwnDistance:
-        """With ``OWN_RIDGE`` of the task's own mean variance."""
-        ridge = own_ridge(part) + (1 - OWN_RIDGE) * part.residual
+        """With ``OWN_RIDGE`` of the task's own mean variance, and its ``OWN_DIRECTIONS``."""
+        part = part.leading(OWN_DIRECTIONS)
+        size = part.mean.shape[0]
+        ridge = OWN_RIDGE * floored(part.total / size, float((part.mean**2).sum()) / size)
+        ridge += (1 - OWN_RIDGE) * part.residual
         factor = part.factor
         inner = factor @ factor.T
         inner.diagonal().add_(ridge / (1 - OWN_RIDGE))
@@ -134,24 +157,6 @@ class OwnDistance:
         return ((away * away).sum(1) - (inside * inside).sum(1)).clamp(min=0) / self.ridge
 
 
-def own_ridge(part: Scatter) -> float:
-    """Ridge of a task's own covariance without what its basis leaves."""
-    size = part.mean.shape[0]
-    return OWN_RIDGE * floored(part.total / size, float((part.mean**2).sum()) / size)
-
-
-def own_left_out(rows: torch.Tensor, part: Scatter) -> torch.Tensor:
-    """``OwnDistance`` [n] of each of the task's float64 reference ``rows`` [n, D] under the covariance without it."""
-    count = len(rows)
-    ridge = own_ridge(part)
-    deviations = rows - part.mean
-    inner = deviations @ deviations.T
-    squares = inner.diagonal().clone()
-    weight = (1 - OWN_RIDGE) / count
-    lifted = inner * weight
-    lifted.diagonal().add_(ridge)
-    inside = (inner * torch.linalg.solve(lifted, inner)).sum(0) * weight
-    height = ((squares - inside) / ridge).clamp(min=0)
-    stretch = count / (count - 1)
-    distance: torch.Tensor = stretch * stretch * height / (1 - weight * stretch * height)
-    return distance
+def own_left_out(rows: torch.Tensor) -> torch.Tensor:
+    """``OwnDistance`` [n] of each of a task's float64 reference ``rows`` [n, D] from the task without its fold."""
+    return left_out(rows, lambda rest, held: OwnDistance.of(scatter(rest)).of_rows(held.float()).double())

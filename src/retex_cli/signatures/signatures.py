@@ -73,8 +73,7 @@ class Signatures:
         """Every input of ``features`` [m, L, D] by itself."""
         rows = self._rows(features)
         scores = self._scorer.scores(rows)
-        surprise = self._surprise(rows, scores)
-        return self._decide(scores, surprise, self.alarm.threshold)
+        return self._decide(scores, self._surprise(rows, scores), self.alarm.threshold)
 
     def identify_batch(self, features: torch.Tensor) -> Decisions:
         """All m inputs of ``features`` [m, L, D] together, which share a task: one entry, from the summed scores.
@@ -196,9 +195,11 @@ class Signatures:
         return self._strangeness.surprise(distance, scores.argmin(1), entropy(scores, self.recipe.temperature))
 
     def _decide(self, scores: torch.Tensor, surprise: torch.Tensor, threshold: float) -> Decisions:
-        embedding = torch.softmax(-scores.double() / self.recipe.temperature, 1)
-        best = scores.sort(1).values
-        margin = best[:, 1] - best[:, 0] if len(self.stored) > 1 else torch.full((len(scores),), torch.inf)
-        task = scores.argmin(1)
+        embedding = torch.softmax(scores.double() / -self.recipe.temperature, 1)
+        if len(self.stored) > 1:
+            best, places = scores.topk(2, dim=1, largest=False)
+            task, margin = places[:, 0], best[:, 1] - best[:, 0]
+        else:
+            task, margin = scores.argmin(1), torch.full((len(scores),), torch.inf)
         probability = embedding.gather(1, task[:, None])[:, 0]
         return Decisions(task, probability, margin, surprise > threshold, embedding, surprise)

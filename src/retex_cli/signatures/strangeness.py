@@ -51,16 +51,19 @@ def nearest_distance(recipe: Recipe, own_of: OwnOf, rows: torch.Tensor, scores: 
     nearest = scores.argmin(1)
     if recipe.score == "residual":
         return scores.gather(1, nearest[:, None])[:, 0]
+    tasks = sorted(set(nearest.tolist()))
+    if len(tasks) == 1:
+        return own_of(tasks[0]).of_rows(rows)
     distance = torch.empty(len(rows))
-    for task in sorted(set(nearest.tolist())):
+    for task in tasks:
         mine = nearest == task
         distance[mine] = own_of(task).of_rows(rows[mine])
     return distance
 
 
-def own_left_out(recipe: Recipe, rows: torch.Tensor, part: Scatter, column: torch.Tensor) -> torch.Tensor:
+def own_left_out(recipe: Recipe, rows: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """Distance ``[n]`` of a task's float64 ``rows`` to the task without them; ``column`` [n]: left-out scores there."""
-    return column if recipe.score == "residual" else scorer.own_left_out(rows, part)
+    return column if recipe.score == "residual" else scorer.own_left_out(rows)
 
 
 def calibration(

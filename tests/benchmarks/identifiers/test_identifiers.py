@@ -76,24 +76,52 @@ def test_router_scores_are_log_odds() -> None:
     rows = np.concatenate([joined(part, (1,)).numpy() for part in references.values()])
     model = LogisticRegression(C=1.0, max_iter=1000, tol=1e-3)
     model.fit((rows - rows.mean(0)) / rows.std(0).mean(), np.repeat(range(3), 32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "PENALTIES", (1.0,))
-        found = -router.logistic(references, (1,)).scores(references["a"])
+    found = -router.logistic(references, (1,), (1.0,)).scores(references["a"])
     wanted = model.decision_function((rows[:32] - rows.mean(0)) / rows.std(0).mean())
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-3)
+
+
+def test_the_router_takes_the_penalty_with_the_least_left_out_loss() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedKFold
+
+    references, penalties = clouds(20, 0, gap=0.3), (1e-3, 3e-2, 1.0, 100.0)
+    rows = np.concatenate([joined(part, (0, 1)).numpy() for part in references.values()])
+    rows, owner = (rows - rows.mean(0)) / rows.std(0).mean(), np.repeat(range(3), 20)
+    losses = dict.fromkeys(penalties, 0.0)
+    for penalty in penalties:
+        for train, held in StratifiedKFold(5, shuffle=True, random_state=0).split(rows, owner):
+            model = LogisticRegression(C=penalty, max_iter=1000).fit(rows[train], owner[train])
+            losses[penalty] += log_loss(owner[held], model.predict_proba(rows[held]))
+    best = min(losses, key=losses.__getitem__)
+    assert router.logistic(references, (0, 1), penalties).chosen == {"penalty": best}
+    assert penalties[0] < best < penalties[-1]
 
 
 def test_mass_finds_the_task_whose_weights_read_the_input() -> None:
     generator = torch.Generator().manual_seed(0)
     readers = {task: torch.linalg.qr(torch.randn(12, 4, generator=generator)).Q for task in ("a", "b", "c")}
     vectors = {task: {0: [torch.randn(8, 4, generator=generator) @ basis.T]} for task, basis in readers.items()}
-    fitted = mass.residual(vectors)
+    fitted = mass.residual(mass.subspaces(vectors))
     for t, basis in enumerate(readers.values()):
         inputs = torch.randn(50, 4, generator=generator) @ basis.T
         scores = fitted.scores(inputs[:, None])
         assert (scores.argmin(1) == t).all()
         assert scores[:, t].max() < 1e-3  # a third of 12 directions is all there is
     assert fitted.bytes == 3 * 4 * 12 * 4
+
+
+def test_mass_takes_the_layer_that_names_the_references() -> None:
+    generator = torch.Generator().manual_seed(0)
+    readers = {task: torch.linalg.qr(torch.randn(12, 4, generator=generator)).Q for task in "abc"}
+    noise = {task: torch.linalg.qr(torch.randn(12, 4, generator=generator)).Q for task in "abc"}
+    bases = [{0: noise[task].T, 1: readers[task].T} for task in "abc"]
+    references = {task: torch.randn(30, 4, generator=generator) @ readers[task].T for task in "abc"}
+    fitted = mass.chosen_layer(bases, {task: rows[:, None].expand(-1, 2, -1) for task, rows in references.items()})
+    assert fitted.chosen == {"layer": 1.0}
+    assert fitted.bytes == 3 * 4 * 12 * 4, "the other layer is not stored"
+    assert (fitted.scores(references["b"][:, None].expand(-1, 2, -1)).argmin(1) == 1).all()
 
 
 @pytest.fixture
