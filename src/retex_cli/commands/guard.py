@@ -43,6 +43,9 @@ CLEAR = 2.0
 """Standard errors of the mean, over inputs, from which on one fit is clearly worse than another."""
 UNSURE = 1.5
 """What looks that much better with fewer offsets on inputs made without data need not be so on the task's own."""
+GAIN = 3.0
+"""How many times nearer offsets have to bring the answers of a network that normalises nothing, on inputs made without
+data: there a network half way may be the worse for it on inputs that look otherwise."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 LARGEST = 1_500_000_000
@@ -113,10 +116,11 @@ class Guard:
         found = trial.choose(data, look_further)
         if found.budget < fitter.budget:
             kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
+            other = "fewer" if found.budget else "merged weights alone"
+            near = "not surely nearer to" if found.whole < found.distance else "further from"
             progress.note(
-                f"{fit.task}: with offsets within {fitter.budget:,} bytes answers are further from the expert's "
-                f"({found.whole:.3g}) than with {'fewer' if found.budget else 'merged weights alone'} "
-                f"({found.distance:.3g}): {kept} kept"
+                f"{fit.task}: with offsets within {fitter.budget:,} bytes answers are {near} the expert's "
+                f"({found.whole:.3g}) than with {other} ({found.distance:.3g}): {kept} kept"
             )
         return found
 
@@ -138,11 +142,25 @@ class _Tried:
         """Geometric: no single input decides."""
         return math.exp(float(self.distances.log().mean()))
 
-    def clearly_worse(self, other: _Tried, factor: float = 1.0) -> bool:
-        """Whether answers are more than ``factor`` times as far away."""
+    def worse(self, other: _Tried, factor: float, errors: float) -> bool:
+        """Whether answers are more than ``factor`` times as far away, beyond so many standard ``errors``."""
         ratios = (self.distances / other.distances).log()
         error = float(ratios.std()) / math.sqrt(len(ratios))
-        return float(ratios.mean()) > math.log(factor) + CLEAR * error
+        return float(ratios.mean()) > math.log(factor) + errors * error
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """How much worse than a ``smaller`` fit, and than ``merged`` weights alone, a fit has to be to give way to them: as
+    factors of its distance, beyond ``errors`` standard errors."""
+
+    smaller: float
+    merged: float
+    errors: float
+
+
+OWN = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
+"""On inputs of the task whatever is nearest is taken."""
 
 
 class _Trial:
@@ -155,20 +173,22 @@ class _Trial:
         self._guard, self._fit, self._fitter = guard, fit, fitter
         self._network = guard.models.network(fit.task)
         given = guard.inputs.get(fit.task)
-        self._examples, self._factor = (given, 1.0) if given else (probes(self._network), UNSURE)
+        self._examples = given or probes(self._network)
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
         guard.models.load_expert(self._network, fit.task)
         self._wanted = self._answers()
         self._ways = [dict(fitter.weights)]
-        if not normalises(self._network.module):
+        steady = normalises(self._network.module)
+        if not steady:
             self._ways.append(self._by_effect())
+        self._doubt = OWN if given else _Doubt(UNSURE, 1.0 if steady else 1 / GAIN, CLEAR)
 
     def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
         """See ``Guard.choose``."""
         fitter, whole = self._fitter, self._fitter.budget
         merged, first = self._tried(fitter.encode({}), 0), self._tried(data, whole)
-        best = first
+        best, doubt = first, self._doubt
         try:
             for weights in self._ways[1:]:
                 fitter.weights = weights
@@ -177,15 +197,15 @@ class _Trial:
             for rung in _rungs(fitter.nbytes, whole):
                 fitter.budget = rung
                 smaller = self._smaller()
-                if best.clearly_worse(smaller, self._factor):
+                if best.worse(smaller, doubt.smaller, doubt.errors):
                     best = smaller
-                elif best.budget == whole and not best.clearly_worse(merged):
+                elif doubt != OWN and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
         finally:
             fitter.weights, fitter.budget = self._ways[0], whole
-        best = merged if best.clearly_worse(merged) else best
+        best = merged if best.worse(merged, doubt.merged, doubt.errors) else best
         return Choice(best.data, best.budget, len(self._examples), best.mean, first.mean, merged.mean)
 
     def _smaller(self) -> _Tried:
