@@ -8,7 +8,7 @@ an identification is worth is looked up: every recovered expert answers test inp
 E takes the identified encoder and the true head, H both as identified, both as a share of K (task known). ESM++, which
 decides at every layer, runs its own forward pass on a sample of test rows (``layerwise``). Rows are kept in the cache,
 with the commit they were measured at, and so are times, which ``--time`` measures on a machine that does nothing else;
-results go to ``results/identify-SUITE.json``.
+results go to ``results/identify.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from identifiers import router
 from identifiers.form import Fitted, Identifier
 from identifiers.table import identifiers
-from record import provenance, write
+from record import provenance, write_part
 from suite_runs import ANSWERED, DRAWS, LARGEST, Names, Suite, command_line, draw, milliseconds
 from torch import Tensor
 
@@ -240,7 +240,7 @@ def main() -> None:
         "milliseconds": json.loads(times.read_text()) if times.is_file() else {},
         "identifiers": result,
     }
-    print(f"wrote {write(f'identify-{suite.name}', done)}")
+    print(f"wrote {write_part('identify', suite.name, done)}")
 
 
 def table(suite: Suite, features: Mapping[str, Features], *, quick: bool = False) -> list[Identifier]:

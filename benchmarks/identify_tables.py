@@ -60,7 +60,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def _identifiers(suite: str, what: str) -> str:
-    result = load(f"identify-{suite}")
+    result = (load("identify") or {}).get(suite)
     if result is None:
         return ""
     found = cast("dict[str, dict[str, Entry]]", result["identifiers"])
@@ -81,7 +81,7 @@ def _identifiers(suite: str, what: str) -> str:
     text += "\n" + "; ".join(f"{' and '.join(names)}: {note}" for note, names in notes.items()) + ".\n\n"
     counts = [count for count in found["retex"] if count != "note"]
     text += "".join(_standing(found, count, times) for count in counts)
-    return text + _ours(found["retex"], times) + "\n" + source(f"identify-{suite}", result)
+    return text + _ours(found["retex"], times) + "\n" + source("identify", result)
 
 
 def _cost(name: str, times: Mapping[str, Mapping[str, float]]) -> list[tuple[float, float]]:

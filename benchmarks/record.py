@@ -43,3 +43,12 @@ def write(name: str, result: dict[str, object]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**result, "provenance": provenance()}, indent=1) + "\n")
     return path
+
+
+def write_part(name: str, part: str, result: dict[str, object]) -> Path:
+    """``results/NAME.json`` with this in place of its ``part``, which has a ``provenance`` of its own."""
+    path = RESULTS / f"{name}.json"
+    parts = json.loads(path.read_text()) if path.is_file() else {}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**parts, part: {**result, "provenance": provenance()}}, indent=1) + "\n")
+    return path
