@@ -7,6 +7,8 @@ from typing import cast
 
 from tables import load, percent, row, source
 
+from retex_cli.signatures.signatures import SOFTNESS
+
 SUITES = {
     "text8": "eight MiniLM-L6 text classifiers",
     "vision6": "six EfficientNet-Lite0 image classifiers",
@@ -183,8 +185,8 @@ _PROBES = """\
 Accuracy of a linear probe, trained on {labelled} labelled rows of the left-out task, on the frozen final embedding of
 several networks, {rows} test rows at most; soft is the mean of the experts weighted by `softmax(-score / tau)`, tau in
 units of the calibrated temperature, the best expert the best of all others by hindsight. Where inputs are called
-unknown, `recover --task auto` gives the soft expert of 1 tau and says so, as no single expert is known to fit;
-`--min-confidence` refuses them.
+unknown, `recover --task auto` gives the soft expert of {softness:g} tau and says so, as no single expert is known to
+fit; `--min-confidence` refuses them.
 """
 
 
@@ -194,7 +196,7 @@ def _unseen(suite: str) -> str:
         return ""
     tasks = cast("dict[str, dict[str, Entry]]", result["tasks"])
     text = "\n" + _UNSEEN + "\n" + _noticed(tasks) + "\n"
-    text += _PROBES.format(labelled=256, rows=result["test_rows"]) + "\n" + _probed(tasks)
+    text += _PROBES.format(labelled=256, rows=result["test_rows"], softness=SOFTNESS) + "\n" + _probed(tasks)
     return text + "\n" + source(f"unseen-{suite}", result)
 
 

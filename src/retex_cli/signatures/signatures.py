@@ -20,6 +20,10 @@ from retex_cli.signatures.scorer import GaussianScorer, OwnDistance, ResidualSco
 from retex_cli.signatures.storage import StoredTask
 from retex_cli.signatures.strangeness import Strangeness, nearest_distance
 
+SOFTNESS = 4.0
+"""Temperatures at which experts are mixed, in units of the one at which probabilities are calibrated: on tasks that
+nobody merged such a mix is worth more than a sharper one (``benchmarks/unseen.py``)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
@@ -27,9 +31,9 @@ class Decisions:
 
     ``task`` int64 [m], the index of the nearest task, decided even where ``unknown`` bool [m] says that no task fits;
     ``probability`` float64 [m] of that task among all, calibrated; ``margin`` float32 [m], by how much the second best
-    score is larger (infinite with a single task); ``embedding`` float64 [m, T], the probabilities of all tasks, which
-    are the soft task embedding ``softmax(-score / temperature)``; ``surprise`` float64 [m] in nats, how rarely a known
-    input looks as strange: its -log p.
+    score is larger (infinite with a single task); ``embedding`` float64 [m, T], the soft task embedding
+    ``softmax(-score / temperature)`` (arXiv 2606.26902) at ``SOFTNESS`` times the temperature of probabilities;
+    ``surprise`` float64 [m] in nats, how rarely a known input looks as strange: its -log p.
     """
 
     task: torch.Tensor
@@ -86,8 +90,8 @@ class Signatures:
         return self._decide(scores.sum(0, keepdim=True), surprise, self.alarm.threshold_of_mean(len(rows)))
 
     def soft(self, features: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
-        """Task embedding ``e = softmax(-score / temperature)``, float64 [m, T]; the calibrated temperature if None."""
-        return torch.softmax(-self.score(features).double() / (temperature or self.recipe.temperature), 1)
+        """Task embedding ``e = softmax(-score / temperature)``, float64 [m, T]; by default at ``SOFTNESS``."""
+        return torch.softmax(-self.score(features).double() / (temperature or SOFTNESS * self.recipe.temperature), 1)
 
     @cached_property
     def alarm(self) -> Alarm:
@@ -195,11 +199,12 @@ class Signatures:
         return self._strangeness.surprise(distance, scores.argmin(1), entropy(scores, self.recipe.temperature))
 
     def _decide(self, scores: torch.Tensor, surprise: torch.Tensor, threshold: float) -> Decisions:
-        embedding = torch.softmax(scores.double() / -self.recipe.temperature, 1)
+        sure = torch.softmax(scores.double() / -self.recipe.temperature, 1)
         if len(self.stored) > 1:
             best, places = scores.topk(2, dim=1, largest=False)
             task, margin = places[:, 0], best[:, 1] - best[:, 0]
         else:
             task, margin = scores.argmin(1), torch.full((len(scores),), torch.inf)
-        probability = embedding.gather(1, task[:, None])[:, 0]
+        probability = sure.gather(1, task[:, None])[:, 0]
+        embedding = torch.softmax(scores.double() / -(SOFTNESS * self.recipe.temperature), 1)
         return Decisions(task, probability, margin, surprise > threshold, embedding, surprise)
