@@ -224,7 +224,7 @@ def _offsets_speed() -> str:
     commits = {
         str(entry.get(key, entry["commit"]))[:10] for entry in models.values() for key in ("fit_commit", "commit")
     }
-    note = "" if len(commits) == 1 else f" Measured at {' and '.join(f'`{commit}`' for commit in sorted(commits))}.\n\n"
+    note = "" if len(commits) == 1 else f"Measured at {' and '.join(f'`{commit}`' for commit in sorted(commits))}.\n\n"
     return text + "\n" + note + source(name, result) + "\n"
 
 

@@ -43,9 +43,10 @@ CLEAR = 2.0
 """Standard errors of the mean, over inputs, from which on one fit is clearly worse than another."""
 UNSURE = 1.5
 """What looks that much better with fewer offsets on inputs made without data need not be so on the task's own."""
-GAIN = 3.0
-"""How many times nearer offsets have to bring the answers of a network that normalises nothing, on inputs made without
-data: there a network half way may be the worse for it on inputs that look otherwise."""
+SURE = 3.0
+"""How many times nearer is believed of inputs made without data, whatever the network: fewer offsets in one that
+normalises (BatchNorm's statistics do not fit such inputs), any offsets in one that does not (there a network half way
+may be the worse for it on inputs that look otherwise)."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 LARGEST = 1_500_000_000
@@ -182,7 +183,8 @@ class _Trial:
         steady = normalises(self._network.module)
         if not steady:
             self._ways.append(self._by_effect())
-        self._doubt = OWN if given else _Doubt(UNSURE, 1.0 if steady else 1 / GAIN, CLEAR)
+        made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
+        self._doubt = OWN if given else made
 
     def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
         """See ``Guard.choose``."""
