@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import shutil
 import sys
@@ -48,6 +49,11 @@ def _link(path: Path, target: Path) -> None:
     path.symlink_to(target, target_is_directory=True)
 
 
+def standard_error(share: float, rows: int) -> float:
+    """Of an accuracy measured on so many rows."""
+    return math.sqrt(share * (1 - share) / rows)
+
+
 def make(
     family: Family[X],
     tasks: Sequence[str],
@@ -58,7 +64,8 @@ def make(
     seed: int,
     steps: int | None,
 ) -> None:
-    """Everything ``retex`` needs under ``workspace``. Exits with a message if an expert misses its floor.
+    """Everything ``retex`` needs under ``workspace``. Exits with a message if an expert misses its floor by more than
+    the chance of its test rows explains.
 
     ``steps`` replaces the tasks' own numbers of training steps; such experts have no floor to reach.
     """
@@ -72,7 +79,7 @@ def make(
         folder, accuracy = expert(family, family.recipe(name, seed, steps or task.steps), split, show)
         took = time.monotonic() - started
         print(f"{name}: expert accuracy {100 * accuracy:.2f} %, floor {100 * task.floor:g} % ({took:.0f} s)")
-        if accuracy < task.floor and steps is None:
+        if accuracy < task.floor - standard_error(task.floor, len(split.test)) and steps is None:
             sys.exit(f"{name}: the expert in {folder} misses its floor; delete the folder and run again")
         _link(workspace / "experts" / name, folder)
         lines = [f"[tasks.{name}]", f'expert = "experts/{name}"']
