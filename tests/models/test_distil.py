@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.distil import Loss, Schedule, answer_loss, distil
+from retex_cli.models.distil import REPLACED, Loss, Schedule, _reworded, answer_loss, distil
 from retex_cli.models.network import Network
 from retex_cli.models.student import Factors, Student
 from retex_cli.progress import Silent
@@ -98,3 +98,17 @@ def test_answers_are_compared_by_what_they_are(shape: tuple[int, ...]) -> None:
         answer_loss(-wanted, wanted),
     )
     assert 0 < float(near) < float(far)
+
+
+def test_some_words_of_a_text_are_replaced() -> None:
+    given = Example(text=" ".join(["own"] * 400), label=None, source="1", tensors=None, image=None)
+    found = _reworded(given, ["other", "another"], torch.Generator().manual_seed(0))
+    words = (found.text or "").split()
+    assert len(words) == 400
+    assert set(words) == {"own", "other", "another"}
+    assert abs(words.count("own") / 400 - (1 - REPLACED)) < 0.08
+
+
+def test_what_is_no_text_is_left_alone() -> None:
+    given = Example(text=None, label=None, source="1", tensors={"values": torch.zeros(6)}, image=None)
+    assert _reworded(given, [], torch.Generator()) is given

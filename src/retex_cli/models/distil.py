@@ -1,18 +1,21 @@
 """Training without labels: a network whose weights are being coded learns to answer as the network it stands for.
 
-Hidden features, layer by layer, and answers are matched on a task's inputs and on mixtures of them. Every batch is
-halved in one way whatever the number of threads, so the result is the same on any.
+Hidden features, layer by layer, and answers are matched on a task's inputs, made into more by mixing: images are
+blended, words of texts replaced by those of other texts. Every batch is halved in one way whatever the number of
+threads, so the result is the same on any.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
 from retex_cli.io.inputs import Example
@@ -32,6 +35,10 @@ BEGINNING = 0.5
 """How often a text longer than the network reads is read from its beginning, as it is in use."""
 FEATURES = 10.0
 """How much the loss of hidden features counts beside that of answers: they say more of each input."""
+REPLACED = 0.3
+"""Share of a text's words that give way to others: what is learnt of few inputs by heart is of no use elsewhere."""
+SHORT = 128
+"""Tokens up to which plain products are faster on a CPU than fused attention (five times, with gradients, at 48)."""
 JITTER = 0.3
 """How far an input may stray from its place in the order of lengths, as a share of all inputs."""
 
@@ -89,13 +96,16 @@ def distil(
     falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share_of_rate(step, schedule.steps))
     watched = _Watched(teacher), _Watched(network)
     last: list[Loss] = []
+    words = [word for example in examples for word in (example.text or "").split()]
     batches = _batches(examples, schedule, generator)
     for step, batch in enumerate(batches):
-        inputs = _mixed(network.inputs([_window(one, network.max_length, generator) for one in batch]), generator)
+        texts = [_reworded(_window(one, network.max_length, generator), words, generator) for one in batch]
+        inputs = _mixed(network.inputs(texts), generator)
         values = learner.values()
         leaves = {name: _leaf(value) for name, value in values.items()}
         student.take(leaves)
-        loss = _backward(watched, inputs, list(_flat(leaves)), threads)
+        with _attention(inputs, network.device):
+            loss = _backward(watched, inputs, list(_flat(leaves)), threads)
         torch.autograd.backward(list(_flat(values)), [leaf.grad for leaf in _flat(leaves)])
         optimiser.step()
         optimiser.zero_grad()
@@ -148,6 +158,25 @@ def _window(example: Example, tokens: int | None, generator: torch.Generator) ->
         return example
     start = int(torch.randint(1, spare + 1, (), generator=generator))
     return replace(example, text=" ".join(words[start : start + (tokens or 0)]))
+
+
+def _reworded(example: Example, words: Sequence[str], generator: torch.Generator) -> Example:
+    """A text some of whose words are replaced by ones drawn from ``words``."""
+    own = (example.text or "").split()
+    if not own:
+        return example
+    drawn = torch.randint(len(words), (len(own),), generator=generator).tolist()
+    gone = (torch.rand(len(own), generator=generator) < REPLACED).tolist()
+    text = " ".join(words[k] if replaced else word for word, k, replaced in zip(own, drawn, gone, strict=True))
+    return replace(example, text=text)
+
+
+def _attention(inputs: Inputs, device: torch.device) -> AbstractContextManager[None]:
+    """The faster of torch's ways to compute attention over a batch of tokens [n, length]."""
+    tokens = inputs.get("input_ids")
+    if device.type == "cpu" and tokens is not None and tokens.shape[-1] <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
