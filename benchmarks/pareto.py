@@ -36,13 +36,14 @@ from tables import load
 from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
-REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%")}
+REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%", "2%")}
 """What ``--refine``, which takes minutes a task, is measured at."""
 OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
 """Rows of retex's own: name -> what is typed after ``fit-offsets --total-budget SIZE``. A size in percent is one of a
 task on average, shared out over tasks by need."""
-DECIDING = ("offsets", "models/distil.py", "models/student.py", "commands/refine.py")
-"""The sources that decide what retex's rows hold."""
+DECIDING = ("offsets",)
+REFINING = (*DECIDING, "models/distil.py", "models/student.py", "commands/refine.py")
+"""The sources that decide what retex's rows hold, and those of the refined ones."""
 
 Entry = dict[str, object]
 
@@ -104,11 +105,12 @@ def _entry(field: Field, bytes_: float, took: float, scores: Entry) -> Entry:
 
 def all_rows(field: Field, folder: Path, merged: Path, suite: str, *, rivals: bool) -> Iterator[Row]:
     """The merged checkpoint alone, retex, and every rival at every size."""
-    mine = digest(*(ROOT / "src" / "retex_cli" / place for place in DECIDING))
+    mine, refined = (digest(*(ROOT / "src/retex_cli" / each for each in part)) for part in (DECIDING, REFINING))
     yield Row("merged", "alone", mine, lambda: _entry(field, 0, 0, field.scores(lambda _: field.tensors(field.merged))))
     for name, options in OURS.items():
-        for budget in REFINED[suite] if "--refine" in options else BUDGETS:
-            yield Row(name, budget, mine, lambda b=budget, o=options: ours(field, folder, merged, b, o))
+        sizes, sources = (REFINED[suite], refined) if "--refine" in options else (BUDGETS, mine)
+        for budget in sizes:
+            yield Row(name, budget, sources, lambda b=budget, o=options: ours(field, folder, merged, b, o))
     if not rivals:
         return
     case = cache(field.case)

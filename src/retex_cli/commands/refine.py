@@ -33,8 +33,8 @@ from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
-TEXTS = Schedule(steps=240, batch_size=16, rate=0.04)
-OTHERS = Schedule(steps=240, batch_size=32, rate=0.02)
+TEXTS = Schedule(steps=320, batch_size=16, rate=0.04)
+OTHERS = Schedule(steps=480, batch_size=16, rate=0.02)
 """Rates are for offsets of which nothing is kept yet: the finer a file is, the smaller are the steps that help it."""
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""
