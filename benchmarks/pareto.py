@@ -6,7 +6,7 @@ Protocol K: task and head are known. A row that was measured before with the sam
 from the cache, so an interrupted run goes on where it stopped. Rivals start from the plain average of seed 0 alone.
 All rows together (not with ``--forms``) go into
 ``results/pareto.json`` under the name of the suite, accuracies as shares of the experts' own, and into a picture,
-``docs/pareto-SUITE.svg``.
+``docs/pareto-SUITE.svg``; other merges and seeds have retex's rows alone, and no picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
 REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%", "2%")}
-"""What ``--refine``, which takes minutes a task, is measured at."""
+"""What ``--refine``, which takes minutes a task, is measured at; on other merges and seeds, all that ``BUDGETS`` are
+there, and the middle one is refined."""
 OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
 """Rows of retex's own: name -> what is typed after ``fit-offsets --total-budget SIZE``. A size in percent is one of a
 task on average, shared out over tasks by need."""
@@ -108,7 +109,10 @@ def all_rows(field: Field, folder: Path, merged: Path, suite: str, *, rivals: bo
     mine, refined = (digest(*(ROOT / "src/retex_cli" / each for each in part)) for part in (DECIDING, REFINING))
     yield Row("merged", "alone", mine, lambda: _entry(field, 0, 0, field.scores(lambda _: field.tensors(field.merged))))
     for name, options in OURS.items():
-        sizes, sources = (REFINED[suite], refined) if "--refine" in options else (BUDGETS, mine)
+        if "--refine" in options:
+            sizes, sources = REFINED[suite] if rivals else REFINED[suite][1:2], refined
+        else:
+            sizes, sources = BUDGETS if rivals else REFINED[suite], mine
         for budget in sizes:
             yield Row(name, budget, sources, lambda b=budget, o=options: ours(field, folder, merged, b, o))
     if not rivals:
@@ -184,7 +188,9 @@ def main() -> None:
         key = suite + ("" if arguments.merge == "average" else f" on {arguments.merge}")
         key += f", {arguments.rows} rows" if arguments.rows else ""
         result = {name: value for name, value in (load(NAME) or {}).items() if name != "provenance"}
-        print(f"wrote {write(NAME, {**result, key: entries})} and {plot(key, entries)}")
+        print(f"wrote {write(NAME, {**result, key: entries})}")
+        if alone:
+            print(f"wrote {plot(key, entries)}")
 
 
 if __name__ == "__main__":

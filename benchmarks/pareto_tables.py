@@ -51,7 +51,8 @@ def pareto_tables() -> str:
     result = load(NAME)
     if result is None:
         return "\nNothing measured yet: run `benchmarks/pareto.py text8` and `vision6`.\n"
-    parts = [_table(suite, rows) for suite, rows in suites().items()]
+    parts = [_table(suite, rows) for suite, rows in suites().items() if _rivals(rows)]
+    parts += [_elsewhere(suite) for suite, rows in suites().items() if _rivals(rows)]
     return "\n" + _HEAD + "\n" + "\n".join(parts) + "\n" + source(NAME, result)
 
 
@@ -70,7 +71,7 @@ def ours_table() -> str:
     text += row(["suite", "", "% of an expert", "mean", "worst task", "agreement", "others within twice the bytes"])
     text += "|---" * 7 + "|\n"
     for suite, rows in suites().items():
-        for entry in rows:
+        for entry in rows if _rivals(rows) else ():
             if is_ours(entry):
                 how = "`--refine`" if entry["form"] == "retex-refine" else "data-free"
                 fraction = number(entry, "fraction")
@@ -124,6 +125,24 @@ def _table(suite: str, entries: Sequence[Entry]) -> str:
                 "; ".join(remarks),
             ]
         )
+    return text
+
+
+def _elsewhere(suite: str) -> str:
+    """retex on other merges and fine-tuning seeds of a suite beside the plain average of the first; empty without."""
+    named = {key: rows for key, rows in suites().items() if key == suite or key.startswith((f"{suite} ", f"{suite}-"))}
+    if len(named) < 2:
+        return ""
+    measured = {key: {(str(e["form"]), str(e["size"])): e for e in rows} for key, rows in named.items()}
+    others = [key for key in named if key != suite]
+    wanted = sorted({place for key in others for place in measured[key]}, key=lambda place: place[::-1])
+    columns = ["plain average, seed 0", *(key.removeprefix(suite).strip(" -") for key in others)]
+    text = f"### {suite}: other merges and fine-tuning seeds\n\nMean and worst task.\n\n"
+    text += row(["form", "size", *columns]) + "|---" * (2 + len(columns)) + "|\n"
+    for form, size in wanted:
+        cells = [measured[key].get((form, size)) for key in (suite, *others)]
+        shares = [f"{_with_interval(e, 'mean', 'interval')}, {percent(e['worst'])}" if e else "-" for e in cells]
+        text += row([f"**{form}**" if form != ALONE else form, size, *shares])
     return text
 
 

@@ -117,7 +117,9 @@ def test_every_row_has_a_name_of_its_own(field: Field, made: Path) -> None:
     found = names(rivals=True)
     assert len(set(found)) == len(found)
     assert {form for form, _ in found} >= {"merged", "retex", "bitdelta", "tall-masks", "ultradelta-style"}
-    assert {form for form, _ in names(rivals=False)} == {"merged", *pareto.OURS}
+    elsewhere = names(rivals=False)
+    assert {form for form, _ in elsewhere} == {"merged", *pareto.OURS}
+    assert set(elsewhere) < set(found), "what is compared stands in both"
 
 
 def entry(form: str, fraction: float, mean: float, width: float = 0.0) -> dict[str, object]:
@@ -171,8 +173,24 @@ def test_the_readme_has_ours_and_what_others_reach(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pareto_tables, "load", lambda _: found)
     text = pareto_tables.ours_table()
     assert "docs/pareto-text4.svg" in text
-    assert "ties.svg" not in text, "nobody else is in it"
-    rows = [line for line in text.splitlines() if line.startswith("| text4")]
-    assert ["data-free" in rows[0], "`--refine`" in rows[1]] == [True, True]
-    assert "90.00 (svd, 1.5 %)" in rows[0]
-    assert rows[1].endswith("| - |")
+    assert "ties" not in text, "nobody else is in it"
+    [line] = [line for line in text.splitlines() if line.startswith("| text4")]
+    assert "data-free" in line
+    assert "90.00 (svd, 1.5 %)" in line
+
+
+def test_other_merges_and_seeds_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "text4": [entry("retex", 0.01, 0.98), entry("retex-refine", 0.01, 0.99), entry("svd", 0.03, 0.99)],
+        "text4 on ties": [entry("retex-refine", 0.01, 0.97)],
+        "text4-seed1": [entry("retex", 0.01, 0.96)],
+        "text8": [entry("retex", 0.01, 0.5)],
+        "provenance": {"commit": "c" * 40, "cores": 2, "processor": "p"},
+    }
+    monkeypatch.setattr(pareto_tables, "load", lambda _: found)
+    lines = pareto_tables.pareto_tables().split("### text4: other merges")[1].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert rows[0][2:] == ["plain average, seed 0", "on ties", "seed1"]
+    assert [row[0] for row in rows[2:]] == ["**retex**", "**retex-refine**"]
+    assert [cell.split()[0] for cell in rows[2][2:]] == ["98.00", "-", "96.00"]
+    assert [cell.split()[0] for cell in rows[3][2:]] == ["99.00", "97.00", "-"]
