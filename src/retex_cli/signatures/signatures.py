@@ -26,7 +26,7 @@ nobody merged such a mix is worth more than a sharper one (``benchmarks/unseen.p
 
 UNSURE = 0.9
 """Probability of the nearest task below which several experts answer instead of one."""
-ASKED = 3
+ASKED = 2
 """How many those are."""
 HEDGE = 2.0
 """Temperatures at which they are weighed, in units of the one at which probabilities are calibrated. All three were
