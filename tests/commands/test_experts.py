@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import retex_cli
 from retex_cli import Experts, RetexError, UsageError
+from retex_cli.commands import experts as commands
 from retex_cli.commands.experts import Reply
+from retex_cli.io.inputs import Example
+from retex_cli.models.network import Network
+from retex_cli.models.passes import Passed
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
@@ -138,6 +143,24 @@ def test_an_expert_is_switched_to_once_whoever_asks_it(made: Path, monkeypatch: 
     experts(mixed()[:6])
     experts(mixed()[:6])
     assert switched == ["cars", "dtd", "cars"], "the expert at hand goes first"
+
+
+def test_an_input_that_one_of_its_experts_cannot_take_is_answered_by_the_others(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", 1.01)
+    whole = commands.answer
+
+    def refusing(network: Network, examples: Sequence[Example], *rest: object) -> Passed:
+        passed = whole(network, examples, *rest)
+        bad = range(len(examples)) if "dotted" not in network.labels else range(1)
+        kept = [k for k in passed.kept if k not in bad]
+        return Passed(passed.values[kept], kept, {k: RetexError(f"not {k}") for k in bad})
+
+    monkeypatch.setattr(commands, "answer", refusing)
+    first, second = Experts.load(*ARTEFACTS)(mixed()[:2])
+    assert (first.label, str(first.error)) == (None, "not 0")
+    assert (second.task, second.error) == ("dtd", None)
 
 
 def test_tokenised_inputs_are_answered_as_their_texts(made: Path) -> None:

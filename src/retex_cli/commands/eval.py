@@ -259,13 +259,13 @@ def _answers(
 def _identified(
     bench: _Bench, task: str, known: Tensor, found: Sequence[Identification], protocols: Sequence[str]
 ) -> dict[str, Answers]:
-    """Answers under E and H. What the expert of ``task`` says of each input is ``known``: only what other experts say,
-    or other heads, needs another pass."""
+    """Answers under E and H. ``known`` is what the expert of ``task`` says: only other experts and other heads need
+    another pass."""
     rows, blend = bench.plan.tests[task], bench.plan.config.blend
     shares = [one.experts(blend=blend) for one in found]
     asked: dict[tuple[str, str], list[int]] = {}
     for i, mine in enumerate(shares):
-        for way in {_way(protocol, task, expert) for protocol in protocols for expert in mine}:
+        for way in dict.fromkeys(_way(protocol, task, expert) for protocol in protocols for expert in mine):
             asked.setdefault(way, []).append(i)
     asked.pop((task, task), None)
     said = {(task, task): dict(enumerate(known))}

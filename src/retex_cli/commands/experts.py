@@ -205,7 +205,7 @@ class _Job:
     error: RetexError | None = None
 
     def reply(self) -> Reply:
-        if self.error is not None:
+        if not self.heard:
             return Reply(error=self.error)
         found, (label, task) = self.found, likeliest(self.heard)
         sure = found.probability, found.margin, found.unknown
