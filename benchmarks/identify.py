@@ -5,10 +5,11 @@
 
 Full test sets, one input at a time; means over three draws of the reference inputs, all from the training split. What
 an identification is worth is looked up: every recovered expert answers test inputs of every task once (``suite_runs``).
-E takes the identified encoder and the true head, H both as identified, both as a share of K (task known). ESM++, which
-decides at every layer, runs its own forward pass on a sample of test rows (``layerwise``). Rows are kept in the cache,
-with the commit they were measured at, and so are times, which ``--time`` measures on a machine that does nothing else;
-results go to ``results/identify.json``.
+E takes the identified encoder and the true head, H both as identified, both as a share of K (task known); "blended" is
+retex where several experts answer inputs whose task is unsure (``blends``), as they do by default. ESM++, which decides
+at every layer, runs its own forward pass on a sample of test rows (``layerwise``). Rows are kept in the cache, with the
+commit they were measured at, and so are times, which ``--time`` measures on a machine that does nothing else; results
+go to ``results/identify.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import layerwise
 import numpy as np
 import torch
+from blends import Mixed, mixed_answers
 from identifiers import router
 from identifiers.form import Fitted, Identifier
 from identifiers.table import identifiers
@@ -32,9 +34,11 @@ from torch import Tensor
 from retex_cli.models.device import inference
 from retex_cli.signatures import Signatures, fit
 from retex_cli.signatures.calibrate import wilson
+from retex_cli.signatures.signatures import ASKED, UNSURE
 
 COUNTS = (32, LARGEST)
 OURS = "retex"
+BLENDED = "retex, blended"
 BATCH, BATCHES = 16, 1000
 """Inputs that share a task, and how many random batches of them are tried per task."""
 
@@ -61,8 +65,13 @@ def matrices(suite: Suite) -> dict[str, dict[int, list[Tensor]]]:
     return found
 
 
-def judged(suite: Suite, answers: Mapping[str, Mapping[str, Names]], scores: Mapping[str, Tensor]) -> Entry:
-    """Task accuracy, E and H as shares of K, and wrong batches, from every task's scores [m, T]."""
+def judged(
+    suite: Suite, answers: Mapping[str, Mapping[str, Names]], scores: Mapping[str, Tensor], mixed: Mixed | None = None
+) -> Entry:
+    """Task accuracy, E and H as shares of K, and wrong batches, from every task's scores [m, T].
+
+    The nearest task's expert answers, but for inputs that several have answered, which are ``mixed``.
+    """
     entry: dict[str, dict[str, float]] = {key: {} for key in ("accuracy", "E", "H", "E_expert", "H_expert", "batches")}
     for t, task in enumerate(suite.tasks):
         every = scores[task].argmin(1).numpy()
@@ -72,7 +81,10 @@ def judged(suite: Suite, answers: Mapping[str, Mapping[str, Names]], scores: Map
         entry["accuracy"][task] = float((every == t).mean())
         for protocol in ("E", "H"):
             said = np.stack([given[f"{protocol}:{other}"] for other in suite.tasks])
-            right = float((said[found, np.arange(len(truth))] == truth).mean())
+            hits = said[found, np.arange(len(truth))] == truth
+            for place, label in (mixed[protocol][task] if mixed else {}).items():
+                hits[place] = label == truth[place]
+            right = float(hits.mean())
             entry[protocol][task] = right / known
             entry[f"{protocol}_expert"][task] = right / expert
         entry["batches"][task] = float(wrong_batches(scores[task], t))
@@ -125,12 +137,16 @@ def measured(
     """One identifier at one draw."""
     references = {task: draw(features[task]["train"], count, number) for task in suite.tasks}
     more: Entry = {}
-    if how.name == OURS:
+    mixed: Mixed | None = None
+    if how.name in (OURS, BLENDED):
         fitted, signatures = ours(references)
-        more = calibration(signatures, features)
+        if how.name == OURS:
+            more = calibration(signatures, features)
+        else:
+            mixed, more["asked"] = mixed_answers(suite, signatures, features)
     else:
         fitted = how.fit(references)
-    entry = judged(suite, answers, {task: fitted.scores(features[task]["test"]) for task in suite.tasks})
+    entry = judged(suite, answers, {task: fitted.scores(features[task]["test"]) for task in suite.tasks}, mixed)
     return {**entry, **more, "bytes": fitted.bytes / len(suite.tasks), **fitted.chosen, **commit()}
 
 
@@ -143,7 +159,7 @@ def costs(suite: Suite, features: Mapping[str, Features], table: list[Identifier
     """Milliseconds of one core an input, for one input at a time and for batches: of the merged model's forward pass,
     and of every identifier from features to scores; of retex to the whole decision, too."""
     fitted: dict[str, tuple[str, Callable[[Tensor], object]]] = {}
-    for how in table:
+    for how in (row for row in table if row.name != BLENDED):
         for size in (0,) if how.data_free else COUNTS:
             references = {t: draw(features[how.encoder][t]["train"], size or 32, 0) for t in suite.tasks}
             if how.name == OURS:
@@ -253,7 +269,12 @@ def table(suite: Suite, features: Mapping[str, Features], *, quick: bool = False
 
     penalties = (1e-3,) if quick else router.PENALTIES
     published = identifiers(layers, lambda: matrices(suite), penalties)
-    return [Identifier(OURS, "merged", lambda references: ours(references)[0]), *published]
+    blend = f"inputs under {100 * UNSURE:g} % sure are answered by the {ASKED} likeliest experts together"
+    mine = [
+        Identifier(name, "merged", lambda references: ours(references)[0], note=note)
+        for name, note in ((OURS, ""), (BLENDED, blend))
+    ]
+    return [*mine, *published]
 
 
 def shares(suite: Suite, features: Mapping[str, Features], rows: Rows, only: str) -> dict[str, dict[str, object]]:

@@ -17,6 +17,7 @@ SUITES = {
 Entry = Mapping[str, object]
 
 TRAINED = "linear router, our layers"
+OURS, BLENDED = "retex", "retex, blended"
 
 HEAD = """\
 # Identification
@@ -82,7 +83,7 @@ def _identifiers(suite: str, what: str) -> str:
             notes.setdefault(str(counts["note"]), []).append(name)
     text += "\n" + "; ".join(f"{' and '.join(names)}: {note}" for note, names in notes.items()) + ".\n\n"
     counts = [count for count in found["retex"] if count != "note"]
-    text += "".join(_standing(found, count, times) for count in counts)
+    text += "".join(_standing(found, count, times) + _blended(found, count) for count in counts)
     return text + _ours(found["retex"], times) + "\n" + source("identify", result)
 
 
@@ -97,7 +98,7 @@ def _row(name: str, count: str, entry: Entry, expert: float, times: Mapping[str,
     tried = entry.get("tried_batches")
     batches = f"{entry['wrong_batches']:g} of {tried:,g}" if tried else "-"
     draws = "" if entry["draws"] == 3 or count == "0" else f" ({entry['draws']} draw)"
-    cost = _cost(f"{name}/{count}", times)
+    cost = _cost(f"{OURS if name == BLENDED else name}/{count}", times)
     return row(
         [
             name,
@@ -120,7 +121,7 @@ def _standing(found: Mapping[str, Mapping[str, Entry]], count: str, times: Mappi
         name: (of, cast("Entry", counts[of]))
         for name, counts in found.items()
         for of in (count, "0")
-        if name != "retex" and of in counts
+        if name not in (OURS, BLENDED) and of in counts
     }
     ahead, behind = [], []
     for title, value, sign in COLUMNS:
@@ -148,6 +149,28 @@ def _standing(found: Mapping[str, Mapping[str, Entry]], count: str, times: Mappi
         ]
         text += f". Points beside the router trained on the same features: {', '.join(gains)}"
     return text + ".\n"
+
+
+def _blended(found: Mapping[str, Mapping[str, Entry]], count: str) -> str:
+    """What several experts for unsure inputs change, and how many passes of experts that takes."""
+    entry, alone = found.get(BLENDED, {}).get(count), found[OURS][count]
+    if entry is None:
+        return ""
+    trained = found.get(TRAINED, {}).get(count)
+    words = []
+    for name in ("E", "H"):
+        for which, of in (("mean", "mean over tasks"), ("worst", "worst task")):
+            now, before = (cast("float", row[f"{name}_{which}"]) for row in (entry, alone))
+            words.append(f"{name} {of} {percent(before)} to {percent(now)}")
+    beside = [
+        f"{n} {100 * (cast('float', entry[f'{n}_mean']) - cast('float', trained[f'{n}_mean'])):+.2f}"
+        for n in "EH"
+        if trained
+    ]
+    text = (
+        f"- {count} inputs, blended: {', '.join(words)}, for {cast('float', entry['asked_mean']):.2f} experts an input"
+    )
+    return text + (f". Points beside the router, which asks one: {', '.join(beside)}.\n" if beside else ".\n")
 
 
 def _ours(counts: Mapping[str, Entry], times: Mapping[str, Mapping[str, float]]) -> str:

@@ -5,7 +5,8 @@
 ``FOLDER`` is a workspace of suite text4 with its three artefacts; it is made where there is none. For groups of 1 to 64
 short texts of one task, in milliseconds of the wall clock on torch's own threads, tokenising included, the best of
 repeated calls: one pass of the merged model, identification alone, an ``Experts`` call whose expert is at hand, and one
-that has to switch from another task's. Writes ``results/serving.json``; a device that was not measured keeps its rows.
+that has to switch from another task's; one expert an input, however unsure its task. Writes ``results/serving.json``;
+a device that was not measured keeps its rows.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 def measured(folder: Path, device: str) -> dict[str, object]:
     """A row per size of the group."""
     files = workspace(folder)
-    experts = Experts.load(*files, device=device)
+    experts = Experts.load(*files, device=device, blend=False)
     file = SignaturesFile.open(files[2])
     encoder = encoder_of(file.encoder(files[0]), torch.device(device), HERE, model=None, max_length=file.max_length)
     identifier, network = Identifier(file.signatures, encoder, max(GROUPS), file.shapes), encoder.network

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
@@ -112,7 +113,7 @@ class Suite:
                 encoder = self.encoder(self.merged if which == "merged" else self.base)
                 parts = {"train": [example for example, _ in self.train(task)], "test": self.test(task)}
                 arrays = {part: encoder.features(rows, 64, Silent()).numpy() for part, rows in parts.items()}
-                _save(place, arrays)
+                save(place, arrays)
             with np.load(place) as file:
                 found[task] = {part: torch.from_numpy(file[part]) for part in file.files}
         return found
@@ -133,7 +134,7 @@ class Suite:
         for other in self.tasks:
             place = self.cache / f"answers-{other}.npz"
             if not place.is_file():
-                _save(place, self._answers_of(other, tests))
+                save(place, self._answers_of(other, tests))
             with np.load(place) as file:
                 for key in file.files:
                     task, _, what = key.partition("/")
@@ -148,26 +149,33 @@ class Suite:
         network.load({name: expert.read(name) for name in expert.tensors}, other)
         heads = self.heads()
         arrays = {f"{other}/expert": heads[other](self.before_head(network, tests[other]))}
-        with open_checkpoint(self.space.path(MERGED)) as merged:
-            file = OffsetsFile(self.space.path(OFFSETS), merged)
-            network.load(dict(tensors_of(file, other, file.predictor([other]))), other)
+        network = self.recovered(other)
         for task, rows in tests.items():
             states = self.before_head(network, rows)
             arrays[f"{task}/E:{other}"] = heads[task](states)
             arrays[f"{task}/H:{other}"] = heads[other](states)
         return arrays
 
+    def recovered(self, task: str) -> Network:
+        """The network of a task with the weights that come back from the offsets."""
+        network = self.network(task)
+        with open_checkpoint(self.space.path(MERGED)) as merged:
+            file = OffsetsFile(self.space.path(OFFSETS), merged)
+            network.load(dict(tensors_of(file, task, file.predictor([task]))), task)
+        return network
+
     def network(self, task: str) -> Network:
         """The network of a task's expert, its weights yet to come."""
         return Network(Path(self.space.with_experts({})[task]), self.device, model=self.space.model)
 
-    def heads(self) -> dict[str, Callable[[Tensor], Names]]:
-        """Per task what its expert's last layer answers to states [n, width]: label names."""
+    def heads(self) -> dict[str, Head]:
+        """Per task its expert's last layer."""
         found = {}
         for task in self.tasks:
             network, expert = self.network(task), self.expert(task)
             network.load({name: expert.read(name) for name in expert.tensors}, task)
-            found[task] = _head(last_layer(network), np.array(network.labels))
+            layer = last_layer(network)
+            found[task] = Head(layer.weight.detach().clone(), layer.bias.detach().clone(), np.array(network.labels))
         return found
 
     def before_head(
@@ -212,13 +220,20 @@ def seen(layer: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _head(layer: nn.Linear, labels: Names) -> Callable[[Tensor], Names]:
-    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+@dataclass(frozen=True)
+class Head:
+    """A last layer: what it answers to states [n, width]."""
 
-    def answer(states: Tensor) -> Names:
-        return labels[(states @ weight.T + bias).argmax(1).numpy()]
+    weight: Tensor
+    bias: Tensor
+    labels: Names
 
-    return answer
+    def logits(self, states: Tensor) -> Tensor:
+        """Float32 [n, classes]."""
+        return states @ self.weight.T + self.bias
+
+    def __call__(self, states: Tensor) -> Names:
+        return self.labels[self.logits(states).argmax(1).numpy()]
 
 
 def draw(rows: Tensor, count: int, number: int) -> Tensor:
@@ -246,7 +261,8 @@ def milliseconds(work: Callable[[], object], inputs: int = 1, *, seconds: float 
     return 1000 * min(times) / inputs
 
 
-def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays to a file of the cache that is there as a whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f"{place.stem}.partial-{os.getpid()}.npz")
     np.savez(partial, **arrays)

@@ -342,6 +342,7 @@ def evaluate(
     picture: str | None = None,
     logits: str | None = None,
     protocols: Sequence[str] = ("K", "E", "H"),
+    blend: bool = True,
     fail_under: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -351,8 +352,9 @@ def evaluate(
     """Score experts, merged and recovered models on ``tests`` (task name to labelled data) side by side.
 
     ``output`` keeps the report as JSON, ``picture`` draws which tasks are taken for which (SVG), ``logits`` keeps every
-    model's logits. Raises GateMissed, which carries the report, where the scores lie under ``fail_under`` (``"99"`` or
-    ``"worst=97,H=95"``, percent of the experts' accuracy).
+    model's logits. ``blend=False`` lets the nearest task's expert answer alone, however unsure that is. Raises
+    GateMissed, which carries the report, where the scores lie under ``fail_under`` (``"99"`` or ``"worst=97,H=95"``,
+    percent of the experts' accuracy).
     """
     from retex_cli.commands import eval as command
 
@@ -368,6 +370,7 @@ def evaluate(
         picture=picture,
         logits=logits,
         protocols=tuple(protocols),
+        blend=blend,
         fail_under=fail_under,
         batch_size=batch_size,
         device=device,

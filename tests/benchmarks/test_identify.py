@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import blends
 import identify
 import layerwise
 import numpy as np
@@ -43,6 +45,45 @@ def test_shares_are_looked_up() -> None:
     assert entry["accuracy"] == {"a": 0.75, "b": 0.75}
     assert entry["E"]["a"] == entry["H"]["a"] == pytest.approx(2 / 3)
     assert entry["E_expert"]["a"] == pytest.approx(2 / 4)
+
+
+def test_what_several_experts_answered_counts_in_place_of_the_nearest_ones() -> None:
+    suite = SimpleNamespace(tasks=["a"], answered=lambda task: [0, 2, 3])
+    answers = {
+        "a": {"truth": np.array(["x", "x", "y"]), **dict.fromkeys(("expert", "E:a", "H:a"), np.array(["x"] * 3))}
+    }
+    mixed = {"E": {"a": {2: "y"}}, "H": {"a": {0: "z", 1: "x"}}}
+    entry = identify.judged(suite, answers, {"a": torch.zeros(4, 1)}, mixed)
+    assert entry["E"]["a"] == pytest.approx(3 / 2)
+    assert entry["H"]["a"] == pytest.approx(1 / 2)
+    assert entry["accuracy"]["a"] == 1
+
+
+def test_experts_are_run_on_what_has_not_been_asked_before(tmp_path: Path) -> None:
+    runs: list[tuple[str, list[str]]] = []
+
+    def before_head(network: str, rows: list[str]) -> torch.Tensor:
+        runs.append((network, rows))
+        return torch.tensor([[float(row[1:])] for row in rows])
+
+    suite = SimpleNamespace(
+        tasks=["a", "b"],
+        cache=tmp_path,
+        answered=lambda task: [1, 3, 5],
+        test=lambda task: [f"{task}{i}" for i in range(6)],
+        recovered=lambda expert: f"network of {expert}",
+        before_head=before_head,
+    )
+    first = blends.states(suite, "a", {"a": [2], "b": []})
+    assert {task: {i: float(v) for i, v in of.items()} for task, of in first.items()} == {"a": {2: 5.0}, "b": {}}
+    second = blends.states(suite, "a", {"a": [0, 2], "b": [1]})
+    assert {task: {i: float(v) for i, v in of.items()} for task, of in second.items()} == {
+        "a": {2: 5.0, 0: 1.0},
+        "b": {1: 3.0},
+    }
+    assert runs == [("network of a", ["a5"]), ("network of a", ["a1"]), ("network of a", ["b3"])]
+    assert blends.states(suite, "a", {"a": [0]})["b"].keys() == {1}
+    assert len(runs) == 3
 
 
 def test_batches_are_summed() -> None:

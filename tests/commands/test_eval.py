@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import TASKS
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from retex_cli import Experts, Predictor
+from retex_cli.commands.eval_report import EvalReport
+from retex_cli.evaluation.protocols import TaskAnswers
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
@@ -74,6 +82,41 @@ def test_wrong_identification_costs_under_e_and_h_and_not_under_k(made: Path, re
     assert cars["identified"] < 0.1
     assert cars["recovered"]["H"] < 0.1  # answers are label names, and dtd has no label "fast"
     assert cars["recovered"]["K"] > cars["recovered"]["H"]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-blend",)])
+def test_what_eval_scores_is_what_serving_answers(
+    made: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Inputs of both tasks' words, most of them unsure; under E all experts answer with the head of cars."""
+    monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", 0.999)
+    monkeypatch.setattr("retex_cli.models.device.has_fast_bf16", lambda device: False)
+    rows = [json.loads(line) for task in TASKS for line in Path(f"data/{task}-test.jsonl").read_text().splitlines()]
+    pairs = [f"{one['text']} {other['text']}" for one, other in zip(rows[:48], rows[:47:-1], strict=True)]
+    write_tests([{"text": text, "label": "fast"} for text in pairs])
+    seen: dict[str, TaskAnswers] = {}
+    made_of = EvalReport.of
+
+    def spy(answers: Sequence[TaskAnswers], *rest: object, **more: object) -> EvalReport:
+        seen.update({given.task: given for given in answers})
+        return made_of(answers, *rest, **more)
+
+    monkeypatch.setattr(EvalReport, "of", spy)
+    assert retex("eval", "--json", *options).code == 0
+    served = Experts.load("merged", "offsets.safetensors", "signatures.safetensors", blend=not options)(pairs)
+    assert seen["cars"].recovered["H"].tolist() == [reply.label for reply in served]
+    shares = [reply.shares for reply in served]
+    several = [k for k, mine in enumerate(shares) if len(mine) == 2]
+    assert len(several) > 20 if not options else not several
+    model, said = AutoModelForSequenceClassification.from_pretrained("experts/cars").eval(), {}
+    tokenizer, predictor = AutoTokenizer.from_pretrained("merged"), Predictor.load("merged", "offsets.safetensors")
+    for task in TASKS:
+        predictor.apply_(model, task, head="cars")
+        with torch.no_grad():
+            said[task] = [model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(0) for text in pairs]
+    mixes = [sum(share * said[task][k] for task, share in mine.items()) for k, mine in enumerate(shares)]
+    assert seen["cars"].recovered["E"].tolist() == [model.config.id2label[int(mix.argmax())] for mix in mixes]
+    assert (seen["cars"].recovered["E"] != seen["cars"].recovered["K"]).any()
 
 
 @pytest.mark.parametrize(("gate", "code"), [("10", 0), ("worst=10,H=10", 0), ("100.5", 3), ("worst=101,K=1", 3)])

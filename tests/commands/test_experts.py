@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import retex_cli
 from retex_cli import Experts, RetexError, UsageError
+from retex_cli.commands import experts as commands
+from retex_cli.commands.experts import Reply
+from retex_cli.io.inputs import Example
+from retex_cli.models.network import Network
+from retex_cli.models.passes import Passed
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
@@ -45,13 +51,14 @@ def recovered_logits(retex: Retex, task: str, inputs: list[str]) -> torch.Tensor
 
 
 def test_every_input_is_answered_by_its_own_expert_in_order(made: Path, retex: Retex) -> None:
-    experts, inputs = Experts.load(*ARTEFACTS), mixed()
+    experts, inputs = Experts.load(*ARTEFACTS, blend=False), mixed()
     assert experts.tasks == TASKS
     found = retex("identify", *inputs, "--json").lines
     for _ in range(2):  # the second call finds the experts of the first
         replies = experts(inputs)
         assert [reply.task for reply in replies] == [one["task"] for one in found]
         assert [reply.unknown for reply in replies] == [one["unknown"] for one in found]
+        assert [reply.shares for reply in replies] == [{reply.task: 1.0} for reply in replies]
         for task in TASKS:
             mine = [k for k, reply in enumerate(replies) if reply.task == task]
             assert len(mine) > 40
@@ -79,6 +86,81 @@ def test_bad_inputs_have_their_reason_and_the_others_go_on(made: Path) -> None:
         assert (reply.task, reply.label, reply.error) == (one.task, one.label, None)
         torch.testing.assert_close(reply.logits, one.logits, atol=1e-5, rtol=1e-5)
     assert all(reply.label is None and reply.logits is None for reply in (replies[0], replies[5]))
+
+
+def by_hand(reply: Reply, text: str) -> tuple[str, str, torch.Tensor]:
+    """Label, task and logits by every expert that was asked, switched by itself: no label name has two tasks here."""
+    tokenizer, predictor = AutoTokenizer.from_pretrained("merged"), retex_cli.Predictor.load(*ARTEFACTS[:2])
+    found = []
+    for task, share in reply.shares.items():
+        model = AutoModelForSequenceClassification.from_pretrained(f"experts/{task}").eval()
+        predictor.apply_(model, task)
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        best = int(logits.argmax())
+        found.append((share * float(logits.softmax(0)[best]), model.config.id2label[best], task, logits))
+    return max(found, key=lambda one: one[0])[1:]
+
+
+def test_several_experts_answer_inputs_whose_task_is_unsure(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn = ["new on in very like lazy", "driver wheel town this wall cloth knitted", "a pattern quick spots knitted"]
+    inputs = [*mixed()[:40], *torn]
+    alone = Experts.load(*ARTEFACTS, blend=False)(inputs)
+    limit = sorted(reply.probability for reply in alone)[15]
+    monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", limit)
+    experts = Experts.load(*ARTEFACTS)
+    replies = experts(inputs)
+    unsure = [k for k, reply in enumerate(alone) if reply.probability < limit]
+    assert any(replies[k].task != alone[k].task for k in unsure), "a label of the other task is more probable"
+    for k, (reply, one) in enumerate(zip(replies, alone, strict=True)):
+        same = ("probability", "margin", "unknown", "error")
+        assert [getattr(reply, name) for name in same] == [getattr(one, name) for name in same]
+        if k in unsure:
+            assert sorted(reply.shares) == list(TASKS)
+            assert sum(reply.shares.values()) == pytest.approx(1)
+            assert max(reply.shares, key=reply.shares.__getitem__) == one.task
+            label, task, logits = by_hand(reply, inputs[k])
+            assert (reply.label, reply.task) == (label, task)
+            torch.testing.assert_close(reply.logits, logits, atol=1e-4, rtol=1e-4)
+        else:
+            assert (reply.task, reply.label, reply.shares) == (one.task, one.label, {one.task: 1.0})
+            torch.testing.assert_close(reply.logits, one.logits, atol=1e-4, rtol=1e-4)
+    again = experts(["", inputs[unsure[-1]], 7, *inputs[:2]])  # type: ignore[list-item]
+    assert [reply.error is None for reply in again] == [False, True, False, True, True]
+    assert (again[1].task, again[1].label) == (replies[unsure[-1]].task, replies[unsure[-1]].label)
+
+
+def test_an_expert_is_switched_to_once_whoever_asks_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", 1.01)
+    experts, switched = Experts.load(*ARTEFACTS), []
+    whole = retex_cli.Predictor.apply_
+
+    def counted(self: retex_cli.Predictor, model: torch.nn.Module, expert: str, **more: bool) -> None:
+        switched.append(expert)
+        whole(self, model, expert, **more)
+
+    monkeypatch.setattr(retex_cli.Predictor, "apply_", counted)
+    experts(mixed()[:6])
+    experts(mixed()[:6])
+    assert switched == ["cars", "dtd", "cars"], "the expert at hand goes first"
+
+
+def test_an_input_that_one_of_its_experts_cannot_take_is_answered_by_the_others(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", 1.01)
+    whole = commands.answer
+
+    def refusing(network: Network, examples: Sequence[Example], *rest: object) -> Passed:
+        passed = whole(network, examples, *rest)
+        bad = range(len(examples)) if "dotted" not in network.labels else range(1)
+        kept = [k for k in passed.kept if k not in bad]
+        return Passed(passed.values[kept], kept, {k: RetexError(f"not {k}") for k in bad})
+
+    monkeypatch.setattr(commands, "answer", refusing)
+    first, second = Experts.load(*ARTEFACTS)(mixed()[:2])
+    assert (first.label, str(first.error)) == (None, "not 0")
+    assert (second.task, second.error) == ("dtd", None)
 
 
 def test_tokenised_inputs_are_answered_as_their_texts(made: Path) -> None:

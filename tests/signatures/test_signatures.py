@@ -16,6 +16,7 @@ from retex_cli.signatures import Signatures, fit, gaussian, scorer, storage
 from retex_cli.signatures.features import concatenate, unit_layers
 from retex_cli.signatures.scatter import floored, scatter
 from retex_cli.signatures.select import select
+from retex_cli.signatures.signatures import ASKED, HEDGE, UNSURE
 
 WIDTH, LAYERS = 24, 5
 
@@ -76,6 +77,27 @@ def test_probabilities_are_calibrated_and_sum_to_one(
     assert (decisions.margin >= 0).all()
 
 
+def test_several_experts_are_asked_where_the_nearest_task_is_unsure(
+    references: dict[str, torch.Tensor], held_out: dict[str, torch.Tensor]
+) -> None:
+    few = fit({task: rows[:8] for task, rows in references.items()})
+    rows = torch.cat(list(held_out.values()))
+    decisions, weights = few.identify(rows), few.soft(rows, HEDGE * few.recipe.temperature)
+    unsure = decisions.probability < UNSURE
+    assert 50 < unsure.sum() < 700
+    assert torch.equal(decisions.shares.argmax(1), decisions.task)
+    assert (decisions.shares[~unsure].amax(1) == 1).all()
+    assert ((decisions.shares[unsure] > 0).sum(1) == ASKED).all()
+    expected = torch.where(weights < weights.topk(ASKED, dim=1).values[:, -1:], 0.0, weights)
+    torch.testing.assert_close(decisions.shares[unsure], (expected / expected.sum(1, keepdim=True))[unsure])
+    torch.testing.assert_close(decisions.shares.sum(1), torch.ones(800, dtype=torch.float64))
+
+
+def test_a_single_task_answers_alone(references: dict[str, torch.Tensor]) -> None:
+    alone = fit({"only": references["task0"]})
+    assert alone.identify(references["task1"]).shares.unique().tolist() == [1.0]
+
+
 def test_the_published_identifier_against_its_definition(references: dict[str, torch.Tensor]) -> None:
     signatures = fit(references, preset="sim")
     query = draw(2, 10, seed=9)
@@ -103,7 +125,7 @@ def test_the_file_gives_the_same_answers_bit_for_bit(
     back = Signatures.from_tensors(load_file(tmp_path / "signatures.safetensors"), metadata)
     rows = torch.cat(list(held_out.values()))
     ours, theirs = signatures.identify(rows), back.identify(rows)
-    for name in ("task", "probability", "margin", "unknown", "embedding", "surprise"):
+    for name in ("task", "probability", "margin", "unknown", "embedding", "shares", "surprise"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(signatures.score(rows), back.score(rows))
     assert back.to_metadata() == signatures.to_metadata()

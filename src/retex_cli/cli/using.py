@@ -129,6 +129,9 @@ def evaluate(
             help="Task known; encoder identified; encoder and head identified.",
         ),
     ] = None,
+    no_blend: Annotated[
+        bool, typer.Option("--no-blend", help="One expert answers each input, even where its task is unsure.")
+    ] = False,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +187,7 @@ def evaluate(
         picture=picture,
         logits=logits,
         protocols=names(protocols) or space.eval.protocols or _possible(signatures),
+        blend=not no_blend,
         fail_under=fail_under,
         batch_size=batch_size or space.eval.batch_size or 64,
         device=device,

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from retex_cli.commands.eval_report import EvalPlanReport, EvalReport
-from retex_cli.commands.identifier import Identifier
+from retex_cli.commands.identifier import Identification, Identifier, identifications
 from retex_cli.commands.offsets_file import OffsetsFile
 from retex_cli.commands.recover import tensors_of
 from retex_cli.errors import GateMissed, RetexError, UsageError
@@ -25,7 +24,7 @@ from retex_cli.evaluation.protocols import PROTOCOLS, Answers, TaskAnswers, mean
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_digests
-from retex_cli.models.classifier import classify
+from retex_cli.models.classifier import Heard, classify, likeliest
 from retex_cli.models.device import choose_device, has_fast_bf16
 from retex_cli.models.network import Network, label_names
 from retex_cli.offsets.predict import Predictor
@@ -41,7 +40,8 @@ class EvalConfig:
     """``tests``: task -> labelled file. ``output``: where the JSON goes besides the report. ``logits``: a safetensors
     file for every expert's, the merged and every recovered expert's (protocol K) logits, in the order of the tests.
     ``picture``: an SVG file for the confusion of tasks. ``fail_under``: see ``evaluation.gates``. ``base`` is needed
-    only where an expert is a LoRA adapter. ``model``: see ``models.network.Network``."""
+    only where an expert is a LoRA adapter. ``blend``: under E and H several experts answer inputs whose task is
+    unsure, as with ``Experts``. ``model``: see ``models.network.Network``."""
 
     merged: str
     offsets: str
@@ -53,6 +53,7 @@ class EvalConfig:
     output: str | None = None
     logits: str | None = None
     protocols: tuple[str, ...] = PROTOCOLS
+    blend: bool = True
     picture: str | None = None
     fail_under: str | None = None
     batch_size: int = 64
@@ -179,7 +180,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
         bench.models[task] = Network.of(plan.file.side_files(task), name, device, model=config.model)
     logits = {task: _known(bench, task) for task in tasks}
     identified = _identify(bench, identifier) if identifier else {}
-    answers = [_answers(bench, task, logits[task], identified, identifier) for task in tasks]
+    answers = [_answers(bench, task, logits[task], identified.get(task)) for task in tasks]
     report = EvalReport.of(
         answers,
         identifier.tasks if identifier else (),
@@ -227,57 +228,63 @@ def _known(bench: _Bench, task: str) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Names of identified tasks, and where identification would rather say unknown; one entry per input."""
-
-    task: Answers
-    unknown: NDArray[np.bool_]
-
-
-def _identify(bench: _Bench, identifier: Identifier) -> dict[str, _Found]:
+def _identify(bench: _Bench, identifier: Identifier) -> dict[str, list[Identification]]:
     found = {}
-    names = np.array(identifier.tasks, dtype=object)
     for task, rows in bench.plan.tests.items():
         bench.progress.start(f"{task}: identifying", len(rows))
         decisions = identifier.decide(rows, bench.progress)
-        found[task] = _Found(names[decisions.task.numpy()], decisions.unknown.numpy())
+        found[task] = identifications([row.source for row in rows], decisions, identifier.tasks)
     return found
 
 
 def _answers(
-    bench: _Bench,
-    task: str,
-    logits: Mapping[str, Tensor],
-    identified: Mapping[str, _Found],
-    identifier: Identifier | None,
+    bench: _Bench, task: str, logits: Mapping[str, Tensor], found: Sequence[Identification] | None
 ) -> TaskAnswers:
-    """K is at hand; under E and H only inputs sent to another task's expert need another pass."""
-    rows = bench.plan.tests[task]
-    known = bench.answers(task, logits["K"])
     protocols = bench.plan.config.protocols
-    recovered = {name: known.copy() for name in PROTOCOLS if name in protocols}
-    found = identified.get(task)
-    if found is not None and identifier is not None:
-        strays = {other: np.flatnonzero(found.task == other) for other in identifier.tasks if other != task}
-        bench.progress.start(f"{task}: sent to other experts", 2 * sum(map(len, strays.values())))
-        for other, where in strays.items():
-            if not len(where):
-                continue
-            sent = [rows[i] for i in where]
-            if "E" in recovered:
-                recovered["E"][where] = bench.answers(task, bench.recovered(task, other, sent))
-            if "H" in recovered:
-                recovered["H"][where] = bench.answers(other, bench.recovered(other, other, sent))
+    recovered = {"K": bench.answers(task, logits["K"])} if "K" in protocols else {}
+    if found is not None:
+        asked = [name for name in PROTOCOLS if name in protocols and name != "K"]
+        recovered |= _identified(bench, task, logits["K"], found, asked)
     return TaskAnswers(
         task=task,
-        truth=np.array([row.label for row in rows], dtype=object),
+        truth=np.array([row.label for row in bench.plan.tests[task]], dtype=object),
         expert=bench.answers(task, logits["expert"]),
         merged=bench.answers(task, logits["merged"]),
         recovered=recovered,
-        identified=None if found is None else found.task,
-        unknown=None if found is None else found.unknown,
+        identified=None if found is None else np.array([one.task for one in found], dtype=object),
+        unknown=None if found is None else np.array([one.unknown for one in found]),
     )
+
+
+def _identified(
+    bench: _Bench, task: str, known: Tensor, found: Sequence[Identification], protocols: Sequence[str]
+) -> dict[str, Answers]:
+    """Answers under E and H. ``known`` is what the expert of ``task`` says: only other experts and other heads need
+    another pass."""
+    rows, blend = bench.plan.tests[task], bench.plan.config.blend
+    shares = [one.experts(blend=blend) for one in found]
+    asked: dict[tuple[str, str], list[int]] = {}
+    for i, mine in enumerate(shares):
+        for way in dict.fromkeys(_way(protocol, task, expert) for protocol in protocols for expert in mine):
+            asked.setdefault(way, []).append(i)
+    asked.pop((task, task), None)
+    said = {(task, task): dict(enumerate(known))}
+    bench.progress.start(f"{task}: sent to other experts", sum(map(len, asked.values())))
+    for (expert, head), places in asked.items():
+        logits = bench.recovered(head, expert, [rows[i] for i in places])
+        said[expert, head] = dict(zip(places, logits, strict=True))
+
+    def answer(protocol: str, i: int) -> str:
+        ways = {expert: _way(protocol, task, expert) for expert in shares[i]}
+        heard = {e: Heard(bench.models[way[1]].labels, said[way][i], shares[i][e]) for e, way in ways.items()}
+        return likeliest(heard)[0]
+
+    return {name: np.array([answer(name, i) for i in range(len(rows))], dtype=object) for name in protocols}
+
+
+def _way(protocol: str, task: str, expert: str) -> tuple[str, str]:
+    """An expert that is asked, and the head that it answers with."""
+    return expert, task if protocol == "E" else expert
 
 
 def _files(config: EvalConfig) -> dict[str, int]:

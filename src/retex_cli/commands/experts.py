@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from retex_cli.commands.identifier import Identification, Identifier, Signatures
 from retex_cli.commands.predictor import Predictor
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.inputs import BadInput, Example, Item, checked_text
-from retex_cli.models.classifier import answer
+from retex_cli.models.classifier import Heard, answer, likeliest
 from retex_cli.models.device import choose_device
 from retex_cli.models.network import Network
 from retex_cli.models.processor import picture
@@ -37,9 +37,11 @@ HERE = 0
 class Reply:
     """What one input is and what its expert says.
 
-    ``label``: the name of the largest of ``logits`` (float32 [classes of the task], on the CPU). ``probability`` (of
-    ``task``), ``margin`` and ``unknown`` as ``retex identify`` gives them; an unknown input is answered by the nearest
-    task's expert. ``error``: why there is no answer; the rest is None then.
+    ``probability`` (of the nearest task), ``margin`` and ``unknown`` as ``retex identify`` gives them; an unknown input
+    is answered like any other. ``shares``: which experts were asked, and how much each counts: the nearest task's
+    alone, or where that is unsure several (see ``signatures.Decisions``). ``label`` is the name that is most probable
+    by all of them, ``task`` and ``logits`` (float32 [classes of the task], on the CPU) are of the one who says so most.
+    ``error``: why there is no answer; the rest is None then.
     """
 
     task: str | None = None
@@ -48,6 +50,7 @@ class Reply:
     probability: float | None = None
     margin: float | None = None
     unknown: bool | None = None
+    shares: Mapping[str, float] | None = None
     error: RetexError | None = None
 
 
@@ -56,7 +59,8 @@ class Experts:
 
     Memory: the merged weights, which identify; one more set of weights, switched in place between the experts; every
     task's head; the decoded offsets. ``nbytes`` says how much that is. Calls may come from several threads; they are
-    answered one after another.
+    answered one after another. An input whose task is unsure takes a pass of every expert that is asked, and a switch
+    to it where no other input needs it: ``blend=False`` asks the nearest task's alone.
     """
 
     def __init__(
@@ -66,12 +70,15 @@ class Experts:
         networks: Mapping[str, Network],
         batch_size: int,
         reads: str,
+        *,
+        blend: bool = True,
     ) -> None:
         self._predictor = predictor
         self._identifier = identifier
         self._networks = networks
         self._batch_size = batch_size
         self._reads = reads
+        self._blend = blend
         self._lock = threading.Lock()
         self._current: str | None = None
         memory: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -88,6 +95,7 @@ class Experts:
         signatures: str,
         *,
         model: str | None = None,
+        blend: bool = True,
         batch_size: int = 64,
         device: str = "auto",
         threads: int | None = None,
@@ -95,8 +103,9 @@ class Experts:
     ) -> Self:
         """Read the three artefacts and build every task's network; nothing else is needed.
 
-        ``model`` ("package.module:function") builds networks that transformers cannot. ``batch_size``: inputs per
-        forward pass. ``threads`` decode and switch. RetexError for files that do not belong together.
+        ``model`` ("package.module:function") builds networks that transformers cannot. ``blend``: inputs whose task is
+        unsure are answered by several experts, a pass for each. ``batch_size``: inputs per forward pass.
+        ``threads`` decode and switch. RetexError for files that do not belong together.
         """
         watched = progress or Silent()
         chosen = choose_device(device, watched)
@@ -114,7 +123,7 @@ class Experts:
             name = f"{offsets}: task {task!r}"
             networks[task] = Network.of(predictor.side_files(task), name, chosen, model=model)
             watched.advance()
-        return cls(predictor, identifier, networks, batch_size, encoder.network.reads)
+        return cls(predictor, identifier, networks, batch_size, encoder.network.reads, blend=blend)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -133,7 +142,7 @@ class Experts:
         return self._predictor.nbytes + sum(held.values())
 
     def __call__(self, inputs: Sequence[Given]) -> list[Reply]:
-        """A reply for every input, in order, by the expert of its own task; inputs of one task are answered together.
+        """A reply for every input, in order, by the expert of its own task; inputs of one expert are answered together.
 
         An input that cannot be used has the reason in its reply, and the others go on.
         """
@@ -141,33 +150,38 @@ class Experts:
             raise UsageError("one text is no list of inputs", "give a list: experts([text])")
         items = [self._item(f"inputs[{number}]", given) for number, given in enumerate(inputs)]
         replies: dict[int, Reply] = {}
-        groups: dict[str, list[_Job]] = {}
+        jobs: list[_Job] = []
         with self._lock:
             found = self._identifier.identify(items, Silent())
             for number, (item, one) in enumerate(zip(items, found, strict=True)):
                 if isinstance(item, BadInput) or isinstance(one, BadInput):
                     replies[number] = Reply(error=one.error if isinstance(one, BadInput) else None)
                 else:
-                    groups.setdefault(one.task, []).append(_Job(number, item, one))
-            for task in sorted(groups, key=lambda task: (task != self._current, task)):
-                self._switch(task)
-                replies |= self._answers(self._networks[task], groups[task])
+                    jobs.append(_Job(number, item, one, one.experts(blend=self._blend)))
+            self._answer(jobs)
+        replies |= {job.number: job.reply() for job in jobs}
         return [replies[number] for number in range(len(items))]
+
+    def _answer(self, jobs: Sequence[_Job]) -> None:
+        """Let every job hear of its experts, one expert after the other; the one at hand goes first."""
+        asked: dict[str, list[_Job]] = {}
+        for job in jobs:
+            for task in job.shares:
+                asked.setdefault(task, []).append(job)
+        for task in sorted(asked, key=lambda task: (task != self._current, task)):
+            self._switch(task)
+            network, some = self._networks[task], asked[task]
+            passed = answer(network, [job.example for job in some], self._batch_size, HERE, Silent())
+            for k, error in passed.refused.items():
+                some[k].error = error
+            for k, logits in zip(passed.kept, passed.values, strict=True):
+                some[k].heard[task] = Heard(network.labels, logits, some[k].shares[task])
 
     def _switch(self, task: str) -> None:
         if task != self._current:
             self._current = None  # whatever an error leaves behind is no expert
             self._predictor.apply_(self._networks[task].module, task, head=False)
             self._current = task
-
-    def _answers(self, network: Network, jobs: Sequence[_Job]) -> dict[int, Reply]:
-        passed = answer(network, [job.example for job in jobs], self._batch_size, HERE, Silent())
-        replies = {jobs[k].number: Reply(error=error) for k, error in passed.refused.items()}
-        for k, logits in zip(passed.kept, passed.values, strict=True):
-            job, found = jobs[k], jobs[k].found
-            label = network.labels[int(logits.argmax())]
-            replies[job.number] = Reply(found.task, label, logits, found.probability, found.margin, found.unknown)
-        return replies
 
     def _item(self, source: str, given: Given) -> Item:
         try:
@@ -179,13 +193,23 @@ class Experts:
             return BadInput(source, error)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """One input of use: its place in the call, and what was identified."""
+    """One input of use: its place in the call, what was identified, who is asked, and what they have said."""
 
     number: int
     example: Example
     found: Identification
+    shares: Mapping[str, float]
+    heard: dict[str, Heard] = field(default_factory=dict)
+    error: RetexError | None = None
+
+    def reply(self) -> Reply:
+        if not self.heard:
+            return Reply(error=self.error)
+        found, (label, task) = self.found, likeliest(self.heard)
+        sure = found.probability, found.margin, found.unknown
+        return Reply(task, label, self.heard[task].logits, *sure, shares=self.shares)
 
 
 def _example(source: str, given: object, *, images: bool) -> Example:

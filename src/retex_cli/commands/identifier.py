@@ -34,7 +34,8 @@ class Identification:
     """What was decided for one input, or for several that share a task.
 
     ``probability`` is calibrated on held-out reference inputs; ``margin`` is the distance to the second best task in
-    units of the score; ``embedding`` weighs all tasks by how well they fit and sums to one.
+    units of the score; ``embedding`` weighs all tasks by how well they fit and sums to one. ``shares``: whose offsets
+    make the expert that answers, and how much of each; see ``signatures.Decisions``.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Identification:
     margin: float
     unknown: bool
     embedding: Mapping[str, float]
+    shares: Mapping[str, float]
     bad: ClassVar[bool] = False
 
     def to_json(self) -> dict[str, object]:
@@ -54,6 +56,10 @@ class Identification:
             "unknown": self.unknown,
             "embedding": dict(self.embedding),
         }
+
+    def experts(self, *, blend: bool) -> dict[str, float]:
+        """``shares``, or without ``blend`` the nearest task alone."""
+        return dict(self.shares) if blend else {self.task: 1.0}
 
     def line(self) -> str:
         """Task or "unknown", probability, margin and source between tabs; behind them the nearest task if unknown."""
@@ -76,6 +82,7 @@ def identifications(sources: Sequence[str], decisions: Decisions, tasks: Sequenc
             margin=float(decisions.margin[i]),
             unknown=bool(decisions.unknown[i]),
             embedding={task: float(weight) for task, weight in zip(tasks, decisions.embedding[i], strict=True)},
+            shares={task: float(share) for task, share in zip(tasks, decisions.shares[i], strict=True) if share},
         )
         for i, source in enumerate(sources)
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -41,3 +42,28 @@ def answer(network: Network, examples: Sequence[Example], batch_size: int, threa
         return logits
 
     return run(network, examples, forward, batch_size, threads, progress)
+
+
+class Heard(NamedTuple):
+    """What one of several networks says of an input: float32 [labels] logits. ``share``: how much it counts."""
+
+    labels: Sequence[str]
+    logits: Tensor
+    share: float
+
+
+def likeliest(heard: Mapping[str, Heard]) -> tuple[str, str]:
+    """The label, by its name, that has most of all networks' probability, and the network that gives it most of that.
+
+    Labels of one name are one label, whatever the network. A single network's is that of its largest logit.
+    """
+    if len(heard) == 1:
+        ((name, only),) = heard.items()
+        return only.labels[int(only.logits.argmax())], name
+    said: dict[str, dict[str, float]] = {}
+    for name, (labels, logits, share) in heard.items():
+        for label, probability in zip(labels, logits.double().softmax(0).tolist(), strict=True):
+            by = said.setdefault(label, {})
+            by[name] = by.get(name, 0.0) + share * probability
+    label = max(said, key=lambda label: sum(said[label].values()))
+    return label, max(said[label], key=lambda name: said[label][name])

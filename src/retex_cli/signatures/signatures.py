@@ -24,6 +24,14 @@ SOFTNESS = 4.0
 """Temperatures at which experts are mixed, in units of the one at which probabilities are calibrated: on tasks that
 nobody merged such a mix is worth more than a sharper one (``benchmarks/unseen.py``)."""
 
+UNSURE = 0.9
+"""Probability of the nearest task below which several experts answer instead of one."""
+ASKED = 2
+"""How many those are."""
+HEDGE = 2.0
+"""Temperatures at which they are weighed, in units of the one at which probabilities are calibrated. All three were
+chosen on training rows that are no references: they serve with a head that is given and with the experts' own."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
@@ -33,6 +41,10 @@ class Decisions:
     ``probability`` float64 [m] of that task among all, calibrated; ``margin`` float32 [m], by how much the second best
     score is larger (infinite with a single task); ``embedding`` float64 [m, T], the soft task embedding
     ``softmax(-score / temperature)`` (arXiv 2606.26902) at ``SOFTNESS`` times the temperature of probabilities;
+    ``shares`` float64 [m, T] says which experts are asked and how much the answer of each counts: the nearest task's
+    alone, or where ``probability`` is under ``UNSURE`` the ``ASKED`` nearest by ``softmax(-score / temperature)`` at
+    ``HEDGE`` times the temperature. The soft expert of the same paper is one network of mixed weights for every input;
+    here answers are mixed, as half of two experts' offsets is often neither's expert;
     ``surprise`` float64 [m] in nats, how rarely a known input looks as strange: its -log p.
     """
 
@@ -41,6 +53,7 @@ class Decisions:
     margin: torch.Tensor
     unknown: torch.Tensor
     embedding: torch.Tensor
+    shares: torch.Tensor
     surprise: torch.Tensor
 
 
@@ -200,11 +213,13 @@ class Signatures:
 
     def _decide(self, scores: torch.Tensor, surprise: torch.Tensor, threshold: float) -> Decisions:
         sure = torch.softmax(scores.double() / -self.recipe.temperature, 1)
-        if len(self.stored) > 1:
-            best, places = scores.topk(2, dim=1, largest=False)
-            task, margin = places[:, 0], best[:, 1] - best[:, 0]
-        else:
-            task, margin = scores.argmin(1), torch.full((len(scores),), torch.inf)
+        best, places = scores.topk(min(ASKED, len(self.stored)), dim=1, largest=False)
+        task = places[:, 0]
+        margin = best[:, 1] - best[:, 0] if len(self.stored) > 1 else torch.full((len(scores),), torch.inf)
         probability = sure.gather(1, task[:, None])[:, 0]
         embedding = torch.softmax(scores.double() / -(SOFTNESS * self.recipe.temperature), 1)
-        return Decisions(task, probability, margin, surprise > threshold, embedding, surprise)
+        several = torch.softmax(best.double() / -(HEDGE * self.recipe.temperature), 1)
+        alone = torch.eye(1, several.shape[1], dtype=several.dtype)
+        chosen = torch.where(probability[:, None] < UNSURE, several, alone)
+        shares = torch.zeros_like(sure).scatter_(1, places, chosen)
+        return Decisions(task, probability, margin, surprise > threshold, embedding, shares, surprise)
