@@ -53,7 +53,7 @@ def pareto_tables() -> str:
         return "\nNothing measured yet: run `benchmarks/pareto.py text8` and `vision6`.\n"
     parts = [_table(suite, rows) for suite, rows in suites().items() if _rivals(rows)]
     parts += [_elsewhere(suite) for suite, rows in suites().items() if _rivals(rows)]
-    return "\n" + _HEAD + "\n" + "\n".join(parts) + "\n" + source(NAME, result)
+    return "\n" + _HEAD + "\n" + "\n".join(filter(None, parts)) + "\n" + source(NAME, result)
 
 
 def ours_table() -> str:

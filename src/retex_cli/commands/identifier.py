@@ -34,8 +34,8 @@ class Identification:
     """What was decided for one input, or for several that share a task.
 
     ``probability`` is calibrated on held-out reference inputs; ``margin`` is the distance to the second best task in
-    units of the score; ``embedding`` weighs all tasks by how well they fit and sums to one. ``shares``: whose offsets
-    make the expert that answers, and how much of each; see ``signatures.Decisions``.
+    units of the score; ``embedding`` weighs all tasks by how well they fit and sums to one. ``shares``: which
+    experts are asked, and how much the answer of each counts; see ``signatures.Decisions``.
     """
 
     source: str
