@@ -129,9 +129,9 @@ def evaluate(
             help="Task known; encoder identified; encoder and head identified.",
         ),
     ] = None,
-    no_blend: Annotated[
-        bool, typer.Option("--no-blend", help="One expert answers each input, even where its task is unsure.")
-    ] = False,
+    blend: Annotated[
+        bool, typer.Option("--blend/--no-blend", help="Several experts answer an input whose task is unsure.")
+    ] = True,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -187,7 +187,7 @@ def evaluate(
         picture=picture,
         logits=logits,
         protocols=names(protocols) or space.eval.protocols or _possible(signatures),
-        blend=not no_blend,
+        blend=blend,
         fail_under=fail_under,
         batch_size=batch_size or space.eval.batch_size or 64,
         device=device,
