@@ -39,7 +39,8 @@ def _suite(suite: str) -> str:
     rows = cast("Sequence[Entry]", result["rows"])
     worse = cast("Sequence[Entry]", result["violations"])
     tasks = list(dict.fromkeys(str(entry["task"]) for entry in rows))
-    text = f"\n## {suite}\n\n{_count(worse)} Cells: {result['near']}, distance.\n"
+    tested = f"{result['rows_per_task']} drawn test inputs a task" if result.get("rows_per_task") else "All test inputs"
+    text = f"\n## {suite}\n\n{tested}. {_count(worse)} Cells: {result['near']}, distance.\n"
     for mode in dict.fromkeys(str(entry["mode"]) for entry in rows):
         text += f"\n**{mode}**\n\n" + row(["budget", *tasks]) + "|---" * (1 + len(tasks)) + "|\n"
         found = {(entry["task"], entry["budget"]): entry for entry in rows if entry["mode"] == mode}
