@@ -27,6 +27,7 @@ from blends import Mixed, mixed_answers
 from identifiers import router
 from identifiers.form import Fitted, Identifier
 from identifiers.table import identifiers
+from identify_tables import BLENDED, OURS
 from record import provenance, write_part
 from suite_runs import ANSWERED, DRAWS, LARGEST, Names, Suite, command_line, draw, milliseconds
 from torch import Tensor
@@ -37,8 +38,6 @@ from retex_cli.signatures.calibrate import wilson
 from retex_cli.signatures.signatures import ASKED, UNSURE
 
 COUNTS = (32, LARGEST)
-OURS = "retex"
-BLENDED = "retex, blended"
 BATCH, BATCHES = 16, 1000
 """Inputs that share a task, and how many random batches of them are tried per task."""
 
