@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from retex_cli.errors import RetexError, UsageError
-from retex_cli.io import sinks
 from retex_cli.io import writer as writer_module
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.writer import Output, TensorSpec, Writer, open_output
@@ -267,7 +266,6 @@ def test_a_disk_that_fills_while_it_is_flushed_is_the_same_error(
     def fsync(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sinks, "FLUSH_EVERY", 1000)
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(RetexError, match="the disk is full"):
         write(tmp_path / "m", {str(k): torch.zeros(1000) for k in range(5)})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -28,14 +28,14 @@ class Sink(Protocol):
         """Replace equally long bytes in the header of every file; ValueError unless each has them exactly once."""
 
 
-#: Bytes written between two flushes that run beside the work, so that little is left for the last one.
-FLUSH_EVERY = 1 << 26
+LARGE = 1 << 18
+"""Bytes from which on a piece is worth a request of its own to the disk."""
 
 
 class Files:
     """Files written at positions, created in order; their headers are kept so that they can be patched.
 
-    What is written goes on to the disk from a thread of its own; an error there shows at the next ``put`` or ``flush``.
+    The kernel is told to begin with what was written, so that little is left for the last flush.
     """
 
     in_order = False
@@ -44,9 +44,6 @@ class Files:
         self._headers = [bytearray(shard.header) for shard in shards]
         self._paths = paths
         self._fds: list[int] = []
-        self._pool = ThreadPoolExecutor(1, "flush")
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
         self._lock = threading.Lock()
 
     def put(self, shard: int, position: int, view: memoryview) -> None:
@@ -54,17 +51,7 @@ class Files:
         with self._lock:
             self.create_up_to(shard)
         write_all(self._fds[shard], view, position)
-        with self._lock:
-            self._unflushed += len(view)
-            if self._unflushed >= FLUSH_EVERY and (self._flushing is None or self._flushing.done()):
-                self._wait()
-                self._flushing = self._pool.submit(os.fsync, self._fds[shard])
-                self._unflushed = 0
-
-    def _wait(self) -> None:
-        """Until the flush under way is done; OSError if it failed."""
-        if self._flushing is not None:
-            self._flushing.result()
+        _begin_flush(self._fds[shard], position, len(view))
 
     def create_up_to(self, shard: int) -> None:
         """Create the files up to this one, with their headers."""
@@ -85,16 +72,25 @@ class Files:
 
     def flush(self) -> None:
         """Everything to the disk, files without data included."""
-        self._wait()
         self.create_up_to(len(self._paths) - 1)
         for fd in self._fds:
             os.fsync(fd)
 
     def close(self) -> None:
         """Give back the files."""
-        self._pool.shutdown()
         while self._fds:
             os.close(self._fds.pop())
+
+
+def _begin_flush(fd: int, position: int, count: int) -> None:
+    """Begin to write these bytes out, waiting for nothing: pages that are on their way to the disk stay in memory.
+
+    That is what this advice does to bytes just written. Where it is unknown they go with the last flush, as small
+    pieces do, which share their pages with what is written next.
+    """
+    if count >= LARGE and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # it is only advice
+            os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
 
 
 class Stream:
