@@ -24,7 +24,7 @@ def output(x: torch.Tensor, four: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_the_function_is_the_experts_and_mean_and_weight_are_merged() -> None:
     expert, merged, x = vectors(0), vectors(1), torch.randn(20, 9, generator=torch.Generator().manual_seed(2))
-    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON)
+    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON).values
     assert torch.equal(found[NORM.weight], merged[NORM.weight])
     assert torch.equal(found[NORM.mean], merged[NORM.mean])
     torch.testing.assert_close(output(x, found), output(x, expert), rtol=1e-4, atol=1e-4)
@@ -34,7 +34,7 @@ def test_the_function_is_the_experts_and_mean_and_weight_are_merged() -> None:
 def test_a_weight_that_changes_its_sign_leaves_the_layer_as_it_is() -> None:
     expert, merged = vectors(0), vectors(1)
     expert[NORM.weight][3] *= -1
-    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON)
+    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON).values
     assert all(torch.equal(found[name], expert[name]) for name in NORM.names)
 
 
@@ -42,7 +42,7 @@ def test_channels_without_weight_or_variance_stay_finite() -> None:
     expert, merged = vectors(0), vectors(1)
     expert[NORM.weight][2] = merged[NORM.weight][2] = 0
     expert[NORM.variance][4] = 0
-    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON)
+    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON).values
     assert all(value.isfinite().all() for value in found.values())
 
 

@@ -21,11 +21,11 @@ def fitter() -> OffsetFitter:
 
 
 def test_untouched_components_give_the_same_bytes(fitter: OffsetFitter) -> None:
-    assert fitter.encode(Trainable(fitter.components()).kept()) == fitter.finish()
+    assert fitter.encode(Trainable(fitter.components(), fitter.pivots).kept()) == fitter.finish()
 
 
 def test_the_training_computes_with_decoded_values(fitter: OffsetFitter) -> None:
-    trainable = Trainable(fitter.components())
+    trainable = Trainable(fitter.components(), fitter.pivots)
     with torch.no_grad():
         for parameter in trainable.parameters:  # a drift that changes scales and symbols
             parameter.mul_(1.7).add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -40,7 +40,7 @@ def test_the_training_computes_with_decoded_values(fitter: OffsetFitter) -> None
 
 
 def test_gradients_pass_the_rounding(fitter: OffsetFitter) -> None:
-    trainable = Trainable(fitter.components())
+    trainable = Trainable(fitter.components(), fitter.pivots)
     for name in trainable.names:
         left, right = trainable.factors(name)
         (left if right is None else left @ right).square().sum().backward()  # type: ignore[no-untyped-call]

@@ -189,8 +189,9 @@ class Fitting:
             if not all(name in theirs for name in norm.names):
                 continue
             wanted = folded(norm, lambda name: fit.expert.read(theirs[name]), self.merged.read, EPSILON)
-            for name, value in wanted.items():
-                fitter.fold(name, fitter.prepare(to_domain(name, value) - to_domain(name, self.merged.read(name))))
+            for name, value in wanted.values.items():
+                delta = to_domain(name, value) - to_domain(name, self.merged.read(name))
+                fitter.fold(name, fitter.prepare(delta), wanted.pivots.get(name))
 
     def _look_further(self, fit: TaskFit, fitter: OffsetFitter) -> bool:
         """Find more components where the budget would pay for more than were found; whether it did anywhere."""

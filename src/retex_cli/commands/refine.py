@@ -122,7 +122,7 @@ class Refiner:
                 fitter.budget = budget
         except BudgetTooSmall:
             return fitter.finish()  # one component: nothing to train
-        trainable, schedule = Trainable(kept), self._schedule(fit.task)
+        trainable, schedule = Trainable(kept, fitter.pivots), self._schedule(fit.task)
         schedule = replace(schedule, rate=schedule.rate * fitter.left_out(kept))
         self.models.load_merged(network, fit.task, self._merged(fit))
         student = Student(network.module)
@@ -176,9 +176,10 @@ class Refiner:
 
     def _aim(self, fitter: OffsetFitter, wanted: Mapping[str, Tensor], epsilons: Mapping[Norm, float]) -> None:
         for norm, epsilon in epsilons.items():
-            for name, value in folded(norm, wanted.__getitem__, self.merged.read, epsilon).items():
+            aim = folded(norm, wanted.__getitem__, self.merged.read, epsilon)
+            for name, value in aim.values.items():
                 delta = to_domain(name, value) - to_domain(name, self.merged.read(name))
-                fitter.update(name, fitter.prepare(delta))
+                fitter.update(name, fitter.prepare(delta), aim.pivots.get(name))
 
     def _merged(self, fit: TaskFit) -> dict[str, Tensor]:
         return {name: self.merged.read(name) for name in fit.alignment.shared}

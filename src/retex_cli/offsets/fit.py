@@ -17,11 +17,12 @@ from torch import Tensor
 
 from retex_cli.offsets import stream
 from retex_cli.offsets.allocate import Candidates, allocate
+from retex_cli.offsets.batchnorm import Pivot
 from retex_cli.offsets.decompose import Components, as_matrix, decompose
 from retex_cli.offsets.quantiser import LEVELS, NORMAL, Curve, centroid_shifts, dequantise, measure, quantise
 from retex_cli.offsets.stream import LONG, Coded, Context, Shape
 from retex_cli.offsets.total import Noise, cheapest_total
-from retex_cli.offsets.trainable import Kept
+from retex_cli.offsets.trainable import Kept, Trainable
 
 TOLERANCE = 0.985
 """A fit stops looking once it uses at least this share of its budget (and never more than all of it)."""
@@ -76,6 +77,8 @@ class OffsetFitter:
         self.weights = dict(weights or {})
         self._prepared: dict[str, Prepared] = {}
         self._folded: dict[str, Prepared] = {}
+        self._pivots: dict[str, Pivot] = {}
+        self._folded_pivots: dict[str, Pivot] = {}
         self.nbytes = 4 * sum(math.prod(shape) for _, shape in layout)  # of the whole layout, fp32
         self._unfolded = FOLDED * self.nbytes
 
@@ -91,23 +94,35 @@ class OffsetFitter:
         components = decompose(as_matrix(delta), rank or self._first_rank(tuple(delta.shape)))
         return components, _component_candidates(components)
 
-    def update(self, name: str, prepared: Prepared) -> None:
-        """Takes what ``prepare`` made of the offset of tensor ``name``, perhaps in the place of fewer components."""
+    def update(self, name: str, prepared: Prepared, pivot: Pivot | None = None) -> None:
+        """Takes what ``prepare`` made of the offset of tensor ``name``, perhaps in the place of fewer components.
+
+        ``pivot``: what it becomes when another tensor's has been coded.
+        """
         what, candidates = prepared
         before = self._prepared.get(name)
         if before is not None and len(candidates.energies) <= len(before[1].energies):
             prepared = what, replace(candidates, rest=0.0)  # there are no more to be found
         self._prepared[name] = prepared
+        _put(self._pivots, name, pivot)
         self._folded.pop(name, None)
 
-    def fold(self, name: str, prepared: Prepared) -> None:
+    def fold(self, name: str, prepared: Prepared, pivot: Pivot | None = None) -> None:
         """Takes another offset of ``name``, for budgets too small for its own: see ``batchnorm``."""
         self._folded[name] = prepared
+        _put(self._folded_pivots, name, pivot)
 
     def _of(self, name: str) -> Prepared:
-        if self.budget < self._unfolded and name in self._folded:
-            return self._folded[name]
-        return self._prepared[name]
+        return self._folded[name] if self._is_folded(name) else self._prepared[name]
+
+    def _is_folded(self, name: str) -> bool:
+        return self.budget < self._unfolded and name in self._folded
+
+    @property
+    def pivots(self) -> dict[str, Pivot]:
+        """By name, of tensors whose offset follows that of another at this budget."""
+        found = ((name, self._folded_pivots if self._is_folded(name) else self._pivots) for name, _ in self._layout)
+        return {name: pivots[name] for name, pivots in found if name in pivots}
 
     def _first_rank(self, shape: Shape) -> int:
         """Twice what a share of the budget in proportion to the tensor's size pays for, and never more than the whole
@@ -238,7 +253,14 @@ class OffsetFitter:
                 found[name] = Kept(left, components.right[: len(chosen)] * unit, chosen)
             else:
                 found[name] = Kept(components[:, None], None, chosen)
-        return found
+        return found | self._following(found)
+
+    def _following(self, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+        """Those of ``kept`` that follow another tensor's offset, as that is coded."""
+        pivots = {name: pivot for name, pivot in self.pivots.items() if name in kept}
+        theirs = {pivot.variance for pivot in pivots.values()}
+        coded = Trainable({name: kept[name] for name in kept if name in pivots or name in theirs}, pivots).kept()
+        return {name: coded[name] for name in pivots}
 
     def encode(self, kept: Mapping[str, Kept]) -> bytes:
         """Bytes of components as they are given, whatever the budget."""
@@ -276,6 +298,12 @@ class OffsetFitter:
             gone = {(name, index) for _, name, index in weakest[:dropped]}
             data = self.encode({name: c for name in kept if (c := kept[name].without(gone, name)) is not None})
         return data
+
+
+def _put(pivots: dict[str, Pivot], name: str, pivot: Pivot | None) -> None:
+    pivots.pop(name, None)
+    if pivot is not None:
+        pivots[name] = pivot
 
 
 def _refit(components: Components, right: Tensor) -> Tensor:
