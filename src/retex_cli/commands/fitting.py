@@ -32,7 +32,7 @@ from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.pieces import from_tensors, to_tensors
-from retex_cli.offsets.shares import share_out
+from retex_cli.offsets.shares import share_again, share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
 from retex_cli.parallel import ordered_map
@@ -150,11 +150,19 @@ class Fitting:
         looking = True
         while looking:
             shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
-            looking = False
-            for fit, fitter, share in zip(fits, fitters, shares, strict=True):
-                fitter.budget = share
-                looking |= self._look_further(fit, fitter)
+            looking = self._give(fits, fitters, shares)
+        if self.refiner is not None:
+            distances = [self.refiner.distance(fit, fitter) for fit, fitter in zip(fits, fitters, strict=True)]
+            self._give(fits, fitters, share_again(shares, distances, least, budget))
         return prepared
+
+    def _give(self, fits: Sequence[TaskFit], fitters: Sequence[OffsetFitter], shares: Sequence[int]) -> bool:
+        """Every task its budget; whether further components were looked for."""
+        looked = False
+        for fit, fitter, share in zip(fits, fitters, shares, strict=True):
+            fitter.budget = share
+            looked |= self._look_further(fit, fitter)
+        return looked
 
     def _prepare(self, fit: TaskFit) -> _Prepared:
         layout = layout_of(self.merged)

@@ -160,8 +160,8 @@ class _Doubt:
     errors: float
 
 
-OWN = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
-"""On inputs of the task whatever is nearest is taken."""
+OWN = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
+"""On inputs of the task whatever is surely nearer is taken."""
 
 
 class _Trial:

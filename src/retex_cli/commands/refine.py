@@ -19,7 +19,7 @@ from retex_cli.io.digests import sha256_path
 from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers, measure_batchnorm
 from retex_cli.models.device import inference
-from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil
+from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil, mixed
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
 from retex_cli.models.student import Factors, Student
@@ -108,11 +108,16 @@ class Refiner:
     def _schedule(self, task: str) -> Schedule:
         return TEXTS if self.inputs[task].rows[0].text is not None else OTHERS
 
+    def distance(self, fit: TaskFit, fitter: OffsetFitter) -> float:
+        """How far answers are from the expert's with what a fitter keeps untrained. Holds two networks."""
+        teacher, network = self._networks(fit)
+        self._settle_batchnorm(fit, fitter, network, self.inputs[fit.task].rows)
+        return self._distance(fit, teacher, network, fitter.finish())
+
     def refine(self, fit: TaskFit, fitter: OffsetFitter, progress: Progress) -> bytes:
         """The coded offsets of one task. Holds two networks. Raises ``BudgetTooSmall``."""
         rows = self.inputs[fit.task].rows
-        teacher, network = self.models.network(fit.task), self.models.network(fit.task)
-        self.models.load_expert(teacher, fit.task)
+        teacher, network = self._networks(fit)
         try:
             self._settle_batchnorm(fit, fitter, network, rows)
             fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
@@ -135,21 +140,30 @@ class Refiner:
         found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
         return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
 
+    def _networks(self, fit: TaskFit) -> tuple[Network, Network]:
+        """The expert's, and one to be filled."""
+        teacher, network = self.models.network(fit.task), self.models.network(fit.task)
+        self.models.load_expert(teacher, fit.task)
+        return teacher, network
+
     def _best(self, fit: TaskFit, teacher: Network, found: Mapping[str, bytes], progress: Progress) -> bytes:
         """The offsets whose answers to the inputs are nearest to the expert's: never worse than none at all."""
-        batches = list(_batches(teacher, self.inputs[fit.task].rows))
-        wanted = _answers(teacher, batches)
-        distances = {}
         network = self.models.network(fit.task)
-        for name, data in found.items():
-            self.models.load_merged(network, fit.task, self._recovered(fit, data))
-            distances[name] = float(answer_loss(_answers(network, batches), wanted))
+        distances = {name: self._distance(fit, teacher, network, data) for name, data in found.items()}
         best = min(distances, key=lambda name: distances[name])
         told = ", ".join(f"{name} {distance:.4f}" for name, distance in distances.items())
         if best != next(iter(found)):
             progress.note(f"{fit.task}: training did not help, so its offsets are kept {best}")
         progress.note(f"{fit.task}: distance of answers from the expert's on its inputs: {told}")
         return found[best]
+
+    def _distance(self, fit: TaskFit, teacher: Network, network: Network, data: bytes) -> float:
+        """Of answers with coded offsets from the expert's, on its inputs; images are blended, as in training: of the
+        few that there are the expert is so sure that its answers hardly move."""
+        self.models.load_merged(network, fit.task, self._recovered(fit, data))
+        draw = torch.Generator().manual_seed(self.seed)
+        batches = [mixed(inputs, draw) for inputs in _batches(teacher, self.inputs[fit.task].rows)]
+        return float(answer_loss(_answers(network, batches), _answers(teacher, batches)))
 
     def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""

@@ -100,7 +100,7 @@ def distil(
     batches = _batches(examples, schedule, generator)
     for step, batch in enumerate(batches):
         texts = [_reworded(_window(one, network.max_length, generator), words, generator) for one in batch]
-        inputs = _mixed(network.inputs(texts), generator)
+        inputs = mixed(network.inputs(texts), generator)
         values = learner.values()
         leaves = {name: _leaf(value) for name, value in values.items()}
         student.take(leaves)
@@ -179,7 +179,7 @@ def _attention(inputs: Inputs, device: torch.device) -> AbstractContextManager[N
     return nullcontext()
 
 
-def _mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
+def mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     """Images (and other dense inputs) each blended with up to half of another: the inputs are few."""
     dense = {name: x for name, x in inputs.items() if x.ndim >= 3 and (x.is_floating_point() or x.dtype == torch.uint8)}
     if len(dense) != len(inputs):

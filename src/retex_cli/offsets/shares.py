@@ -25,8 +25,23 @@ def share_out(tasks: Sequence[Sequence[Candidates]], least: Sequence[int], budge
         raise ValueError(f"{sum(least)} bytes are the least for all tasks, more than {budget}")
     levels = iter(allocate([candidates for task in tasks for candidates in task], 8.0 * budget))
     bits = [sum(float(candidates.bits[next(levels)].sum()) for candidates in task) for task in tasks]
-    total = sum(bits) or 1.0
-    shares = [math.floor(budget * part / total) for part in bits]
+    return _in_proportion(bits, least, budget)
+
+
+def share_again(shares: Sequence[int], distances: Sequence[float], least: Sequence[int], budget: int) -> list[int]:
+    """Bytes for each task, from how far answers are from the experts' (a divergence, say) with ``shares``.
+
+    Distances fall about in proportion to bytes; these shares make the sum of their squares the least, so tasks that
+    are far off count most. ``least`` as above.
+    """
+    return _in_proportion(
+        [(share * distance) ** (2 / 3) for share, distance in zip(shares, distances, strict=True)], least, budget
+    )
+
+
+def _in_proportion(parts: Sequence[float], least: Sequence[int], budget: int) -> list[int]:
+    total = sum(parts) or 1.0
+    shares = [math.floor(budget * part / total) for part in parts]
     raised = [max(share, low) for share, low in zip(shares, least, strict=True)]
     over = sum(raised) - budget
     spare = sum(share - low for share, low in zip(raised, least, strict=True))
