@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from retex_cli.offsets.batchnorm import DEPTHWISE_WEIGHT, SHIFT_WEIGHT, Norm, folded, norms, weights
+from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.fit import FOLDED, OffsetFitter
 from retex_cli.offsets.stream import decode
+from retex_cli.offsets.trainable import Trainable
 
 NORM = Norm("n.weight", "n.bias", "n.running_mean", "n.running_var")
 EPSILON = 1e-3
@@ -36,6 +38,57 @@ def test_a_weight_that_changes_its_sign_leaves_the_layer_as_it_is() -> None:
     expert[NORM.weight][3] *= -1
     found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON).values
     assert all(torch.equal(found[name], expert[name]) for name in NORM.names)
+
+
+def test_the_bias_goes_with_the_variance_that_was_coded() -> None:
+    expert, merged = vectors(0), vectors(1)
+    merged[NORM.mean] += 40  # what a small error of the variance is multiplied by
+    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON)
+    exact = to_domain(NORM.variance, found.values[NORM.variance]) - to_domain(NORM.variance, merged[NORM.variance])
+    off = exact + 0.05 * torch.randn(9, generator=torch.Generator().manual_seed(4))
+    coded = found.values | {
+        NORM.variance: from_domain(NORM.variance, to_domain(NORM.variance, merged[NORM.variance]) + off)
+    }
+    followed = coded | {NORM.bias: merged[NORM.bias] + found.pivots[NORM.bias].offset(off)}
+    x = expert[NORM.mean] + torch.randn(200, 9, generator=torch.Generator().manual_seed(2))
+    wanted = output(x, expert)
+    assert (output(x, followed) - wanted).abs().max() < 0.2 * (output(x, coded) - wanted).abs().max()
+    at_mean = expert[NORM.mean][None]
+    torch.testing.assert_close(output(at_mean, followed), expert[NORM.bias][None], rtol=1e-3, atol=1e-3)
+
+
+def test_a_fit_and_a_training_code_the_bias_that_goes_with_the_coded_variance() -> None:
+    names = {NORM.bias: "bias", NORM.variance: "variance"}
+    draw = torch.Generator().manual_seed(0)
+    expert = {name: torch.rand(200, generator=draw) + 0.5 for name in NORM.names}
+    merged = {name: torch.rand(200, generator=draw) + 0.5 for name in NORM.names}
+    merged[NORM.mean] += 10
+    found = folded(NORM, expert.__getitem__, merged.__getitem__, EPSILON)
+    layout = [(name, (200,)) for name in sorted(names)]
+    fitter = OffsetFitter(layout, 300)
+    for name in names:
+        delta = to_domain(name, found.values[name]) - to_domain(name, merged[name])
+        fitter.update(name, fitter.prepare(delta), found.pivots.get(name))
+
+    def far(data: bytes) -> float:
+        factors = decode(data, layout)
+        bias, variance = (factors[name].delta(0, 200) for name in names)
+        return float((bias - found.pivots[NORM.bias].offset(variance)).norm() / bias.norm())
+
+    assert far(fitter.finish()) < 0.05
+    ignoring = OffsetFitter(layout, 300)
+    for name in names:
+        ignoring.update(name, fitter.prepare(to_domain(name, found.values[name]) - to_domain(name, merged[name])))
+    assert far(ignoring.finish()) > 3 * far(fitter.finish())
+    trainable = Trainable(fitter.components(), fitter.pivots)
+    with torch.no_grad():  # the variance moves in training, the bias alone does not
+        for parameter in trainable.parameters:
+            parameter.mul_(0.7)
+    trainable.settle()
+    assert far(fitter.encode(trainable.kept())) < 0.05
+    bias = trainable.factors(NORM.bias)[0]
+    (gradient,) = torch.autograd.grad(bias.sum(), [p for p in trainable.parameters if p.abs().sum() > 0][:1])
+    assert gradient.norm() > 0
 
 
 def test_channels_without_weight_or_variance_stay_finite() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from retex_cli.offsets.allocate import Candidates, allocate
 from retex_cli.offsets.quantiser import LEVELS, NORMAL
-from retex_cli.offsets.shares import FINEST, share_out, smallest
+from retex_cli.offsets.shares import FINEST, share_again, share_out, smallest
 
 
 def tensor(energies: list[float], entries: int = 100) -> Candidates:
@@ -49,6 +49,26 @@ def test_every_task_gets_the_least() -> None:
     assert share_out([nothing, nothing], [5, 5], 10) == [5, 5]
     with pytest.raises(ValueError, match="110 bytes are the least"):
         share_out([nothing, HARD, HARD], [30, 40, 40], 109)
+
+
+def test_distances_move_bytes_to_where_they_lower_the_sum_of_squares_most() -> None:
+    shares, distances = [400, 400, 200], [0.2, 0.05, 0.05]
+    again = share_again(shares, distances, [1, 1, 1], 1000)
+    assert sum(again) in (998, 999, 1000)
+
+    def squares(found: list[int]) -> float:  # of distances that fall in proportion to bytes
+        return sum((far * had / has) ** 2 for far, had, has in zip(distances, shares, found, strict=True))
+
+    assert squares(again) < squares(shares)
+    for first, second in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)):
+        moved = list(again)
+        moved[first], moved[second] = moved[first] + 20, moved[second] - 20
+        assert squares(again) < squares(moved)
+
+
+def test_tasks_that_are_where_they_should_be_keep_the_least() -> None:
+    assert share_again([500, 500], [0.1, 0.0], [20, 30], 1000) == [970, 30]
+    assert share_again([500, 500], [0.0, 0.0], [20, 30], 1000) == [20, 30]
 
 
 class Codec:

@@ -34,8 +34,10 @@ from retex_cli.progress import Progress, Silent
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
 TEXTS = Schedule(steps=320, batch_size=16, rate=0.04)
-OTHERS = Schedule(steps=480, batch_size=16, rate=0.02)
+OTHERS = Schedule(steps=480, batch_size=16, rate=0.03)
 """Rates are for offsets of which nothing is kept yet: the finer a file is, the smaller are the steps that help it."""
+MEASURED = 0.75
+"""How much measured statistics count beside the expert's own: those of a network that is far off are partly errors."""
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""
 SLOW = 30
@@ -184,8 +186,10 @@ class Refiner:
         self.models.load_merged(network, fit.task, recovered)
         measured = measure_batchnorm(network, list(_batches(network, rows)), Silent())
         for norm in own:
-            for name in (norm.mean, norm.variance):
-                expert[name] = measured[names[name]]
+            expert[norm.mean] = expert[norm.mean].lerp(measured[names[norm.mean]], MEASURED)
+            variances = (expert[norm.variance], measured[names[norm.variance]])
+            theirs_log, log = (to_domain(norm.variance, value) for value in variances)
+            expert[norm.variance] = from_domain(norm.variance, theirs_log.lerp(log, MEASURED))
         self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
 
     def _aim(self, fitter: OffsetFitter, wanted: Mapping[str, Tensor], epsilons: Mapping[Norm, float]) -> None:
