@@ -215,6 +215,20 @@ def test_offsets_refined_on_inputs_are_nearer_and_within_the_budget(here: Path, 
     assert {task: each["inputs"] for task, each in recipe["inputs"].items()} == dict.fromkeys(SIDES, 48)
 
 
+def test_a_shared_budget_follows_answers_where_they_are_looked_at(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here).code == 0
+    budgets = {}
+    for how, flags in {"weights": (), "answers": ("--refine",)}.items():
+        line = ("fit-offsets", "-w", here, "--total-budget", "12%", *flags, "-o", here / f"{how}.safetensors", "--json")
+        fitted = retex(*line)
+        assert fitted.code == 0, fitted.err
+        rows = fitted.json["tasks"].values()  # type: ignore[attr-defined]
+        assert all(0 < row["offset_bytes"] <= row["budget_bytes"] for row in rows)
+        budgets[how] = [row["budget_bytes"] for row in rows]
+    assert budgets["weights"] != budgets["answers"]
+    assert abs(sum(budgets["weights"]) - sum(budgets["answers"])) <= 2
+
+
 def distances(here: Path, retex: Retex, offsets: Path) -> dict[str, float]:
     """Of the logits of a recovered expert from the expert's own, on test pictures."""
     space: dict[str, object] = {}
