@@ -22,6 +22,8 @@ GROUP = 4
 """Blocks of a tensor that one thread makes and writes one after the other: waking another takes as long as a block."""
 AHEAD = 2
 """Groups that wait for what is left to do with them, besides those that are being made."""
+FAR_AHEAD = 12
+"""And where nothing is: they hold no memory, and no thread waits for one that is slow."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ def stream(recovery: Recovery, parts: Sequence[Part], writer: Writer, threads: i
     hashes = _Hashes(recovery)
     progress.start(f"recovering {recovery.head}", len(parts))
     hashing: deque[Future[None]] = deque()
+    ahead = AHEAD if writer.in_order or any(map(hashes.want, parts)) else FAR_AHEAD
     with ThreadPoolExecutor(1) as beside:
         for job, rests in ordered_map(
-            lambda job: _make(job, recovery, writer, hashes), _jobs(recovery, parts, writer), threads, AHEAD
+            lambda job: _make(job, recovery, writer, hashes), _jobs(recovery, parts, writer), threads, ahead
         ):
             for (_, claim), rest in zip(job.blocks, rests, strict=True):
                 if rest.data is not None:
