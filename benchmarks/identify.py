@@ -32,7 +32,6 @@ from record import provenance, write_part
 from suite_runs import ANSWERED, DRAWS, LARGEST, Names, Suite, command_line, draw, milliseconds
 from torch import Tensor
 
-from retex_cli.models.device import inference
 from retex_cli.signatures import Signatures, fit
 from retex_cli.signatures.calibrate import wilson
 from retex_cli.signatures.signatures import ASKED, UNSURE
@@ -173,7 +172,7 @@ def costs(suite: Suite, features: Mapping[str, Features], table: list[Identifier
         places = random.Random(0).sample([(t, i) for t in suite.tasks for i in range(count)], count)
         tests = {t: suite.test(t)[:count] for t in suite.tasks}
         inputs = encoder.network.inputs([tests[t][i] for t, i in places])
-        with inference(encoder.network.device):
+        with encoder.network.inference():
             found = {"pass": milliseconds(partial(encoder.network.module, **inputs), count, seconds=2.0)}
         for name, (which, work) in fitted.items():
             some = torch.stack([features[which][t]["test"][i] for t, i in places])

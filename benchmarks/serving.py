@@ -28,7 +28,6 @@ from retex_cli import Experts
 from retex_cli.commands.experts import HERE
 from retex_cli.commands.identifier import Identifier, SignaturesFile, encoder_of
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import inference
 from retex_cli.progress import Silent
 
 TASKS = ("election", "movie")
@@ -84,7 +83,7 @@ def measured(folder: Path, device: str) -> dict[str, object]:
         examples = [Example(text=text) for text in mine]
 
         def forward(examples: list[Example] = examples) -> None:
-            with inference(network.device):
+            with network.inference():
                 network.module(**network.inputs(examples))
             if device == "cuda":
                 torch.cuda.synchronize()

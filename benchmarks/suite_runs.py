@@ -30,7 +30,7 @@ from retex_cli.commands.offsets_file import OffsetsFile
 from retex_cli.commands.recover import tensors_of
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
-from retex_cli.models.device import choose_device, inference
+from retex_cli.models.device import choose_device
 from retex_cli.models.encoder import Encoder
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs, batches
@@ -188,7 +188,7 @@ class Suite:
                 inputs = network.inputs([rows[i] for i in batch])
                 if set_up is not None:
                     set_up(inputs, batch)
-                with inference(self.device):
+                with network.inference():
                     network.module(**inputs)
                 states.update(zip(batch, heard.pop().float(), strict=True))
         return torch.stack([states[i] for i in range(len(rows))])

@@ -90,7 +90,7 @@ def test_what_eval_scores_is_what_serving_answers(
 ) -> None:
     """Inputs of both tasks' words, most of them unsure; under E all experts answer with the head of cars."""
     monkeypatch.setattr("retex_cli.signatures.signatures.UNSURE", 0.999)
-    monkeypatch.setattr("retex_cli.models.device.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("retex_cli.models.network.has_fast_bf16", lambda device: False)
     rows = [json.loads(line) for task in TASKS for line in Path(f"data/{task}-test.jsonl").read_text().splitlines()]
     pairs = [f"{one['text']} {other['text']}" for one, other in zip(rows[:48], rows[:47:-1], strict=True)]
     write_tests([{"text": text, "label": "fast"} for text in pairs])

@@ -31,7 +31,7 @@ TASKS = ("cars", "dtd")
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 everywhere, so that results can be compared closely."""
-    monkeypatch.setattr("retex_cli.models.device.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("retex_cli.models.network.has_fast_bf16", lambda device: False)
 
 
 def texts(task: str) -> list[str]:

@@ -37,7 +37,7 @@ def examples(tiny_models: Path) -> list[Example]:
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 everywhere, so that results can be compared closely."""
-    monkeypatch.setattr("retex_cli.models.device.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("retex_cli.models.network.has_fast_bf16", lambda device: False)
 
 
 def _one_by_one(network: Network, examples: list[Example], name: str) -> Tensor:

@@ -25,7 +25,7 @@ from retex_cli.io.checkpoint import Checkpoint, open_checkpoint, open_expert
 from retex_cli.io.inputs import Example, read_rows
 from retex_cli.io.provenance import checkpoint_digests
 from retex_cli.models.classifier import Heard, classify, likeliest
-from retex_cli.models.device import choose_device, has_fast_bf16
+from retex_cli.models.device import choose_device
 from retex_cli.models.network import Network, label_names
 from retex_cli.offsets.predict import Predictor
 from retex_cli.parallel import thread_count
@@ -187,7 +187,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
         offset_bytes={task: plan.file.task(task).offset_bytes for task in tasks},
         expert_bytes={task: plan.file.task(task).expert_bytes for task in tasks},
         files=_files(config),
-        precision="bfloat16 matrix products" if has_fast_bf16(device) else "float32",
+        precision="bfloat16 matrix products" if any(n.fast_bf16 for n in bench.models.values()) else "float32",
     )
     _write(config, report, logits)
     mean = mean_scores(report.scores)

@@ -24,7 +24,6 @@ from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
 from retex_cli.models.compare import apart
-from retex_cli.models.device import inference
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects, normalises
 from retex_cli.models.passes import run
@@ -242,7 +241,7 @@ class _Trial:
         """To all inputs, on the CPU."""
 
         def forward(inputs: Inputs) -> Tensor:
-            with inference(self._network.device):
+            with self._network.inference():
                 return answer_of(self._network.module(**inputs)).float().cpu()
 
         return run(self._network, self._examples, forward, BATCH, self._guard.threads, Silent()).whole()

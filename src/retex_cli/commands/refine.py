@@ -18,7 +18,6 @@ from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.digests import sha256_path
 from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers, measure_batchnorm
-from retex_cli.models.device import inference
 from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil, mixed
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
@@ -219,7 +218,7 @@ def _batches(network: Network, rows: Sequence[Example]) -> Iterator[Inputs]:
 
 def _answers(network: Network, batches: Sequence[Inputs]) -> Tensor:
     """Of all inputs, on the CPU."""
-    with inference(network.device):
+    with network.inference():
         return torch.cat([answer_of(network.module(**inputs)).float().cpu() for inputs in batches])
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from retex_cli.errors import RetexError
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import inference
 from retex_cli.models.network import Network
 from retex_cli.models.passes import Passed, run
 from retex_cli.models.processor import Inputs
@@ -31,7 +30,7 @@ def answer(network: Network, examples: Sequence[Example], batch_size: int, threa
     """``classify`` of the inputs that the network can take."""
 
     def forward(inputs: Inputs) -> Tensor:
-        with inference(network.device):
+        with network.inference():
             logits = network.logits(inputs).cpu()
         if logits.shape[1] != len(network.labels):
             raise RetexError(

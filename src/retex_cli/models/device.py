@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from retex_cli.errors import UsageError
@@ -31,10 +28,3 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-@contextlib.contextmanager
-def inference(device: torch.device) -> Iterator[None]:
-    """No gradients; matrix products in bfloat16 where that is the fast way, everything else in float32."""
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
-        yield

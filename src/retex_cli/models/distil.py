@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import has_fast_bf16
 from retex_cli.models.encoder import feature_layers
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
@@ -180,13 +179,13 @@ def _attention(inputs: Inputs, device: torch.device) -> AbstractContextManager[N
 
 
 def mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """Images (and other dense inputs) each blended with up to half of another: the inputs are few."""
+    """Images (and other dense inputs), every other one blended with up to half of another: the inputs are few."""
     dense = {name: x for name, x in inputs.items() if x.ndim >= 3 and (x.is_floating_point() or x.dtype == torch.uint8)}
     if len(dense) != len(inputs):
         return inputs
     count = len(next(iter(dense.values())))
     other = torch.randperm(count, generator=generator)
-    share = 1 - 0.5 * torch.rand(count, generator=generator)
+    share = 1 - 0.5 * torch.rand(count, generator=generator) * (torch.arange(count) % 2)
     mixed = {}
     for name, x in dense.items():
         of_each = share.view(-1, *(1,) * (x.ndim - 1)).to(x.device)
@@ -249,7 +248,7 @@ class _Watched:
         self.device = network.device
         convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
         # gradients of convolutions take twice the time in bfloat16 on a CPU
-        self.fast_bf16 = has_fast_bf16(network.device) and not (convolves and network.device.type == "cpu")
+        self.fast_bf16 = network.fast_bf16 and not (convolves and network.device.type == "cpu")
         self._run = threading.local()
         self._names = [] if network.gives_hidden_states else feature_layers(network.module)
         for name in self._names:

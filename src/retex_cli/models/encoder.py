@@ -10,7 +10,6 @@ from torch import Tensor
 
 from retex_cli.errors import RetexError
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import inference
 from retex_cli.models.network import Network
 from retex_cli.models.passes import Passed, run
 from retex_cli.models.processor import Inputs
@@ -49,7 +48,7 @@ class Encoder:
         """``features`` of the inputs that the network can take."""
 
         def forward(inputs: Inputs) -> Tensor:
-            with inference(self.network.device):
+            with self.network.inference():
                 layers = self._hidden_states(inputs) if self._watched is None else self._watched.layers(inputs)
             return _stack(layers).cpu()
 

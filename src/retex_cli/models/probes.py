@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import inference
 from retex_cli.models.network import Network
 from retex_cli.models.passes import CANNOT
 
@@ -81,7 +80,7 @@ def _named(name: str, rows: Tensor) -> tuple[Example, ...]:
 
 def _takes(network: Network, example: Example) -> bool:
     try:
-        with inference(network.device):
+        with network.inference():
             network.module(**network.inputs([example]))
     except torch.OutOfMemoryError:
         raise

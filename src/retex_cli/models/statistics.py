@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.device import inference
 from retex_cli.models.network import Network
 from retex_cli.models.processor import batches
 from retex_cli.parallel import ordered_map
@@ -106,7 +105,7 @@ class _Listening:
         """The Gram matrices of one batch, on the CPU."""
         inputs = network.inputs(examples)
         self._here.mask, self._here.found = inputs.get("attention_mask"), {}
-        with inference(network.device):
+        with network.inference():
             network.logits(inputs)
         return {name: gram.cpu() for name, gram in self._here.found.items()}
 
