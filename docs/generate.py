@@ -110,6 +110,7 @@ tokenizer's or image processor's output, or the tensors of a `.safetensors` file
 
 class _Parameter(Protocol):
     opts: list[str]
+    secondary_opts: list[str]
     metavar: str | None
     help: str | None
     required: bool
@@ -215,13 +216,14 @@ def _section(command: _Command) -> str:
 
 def _row(parameter: _Parameter) -> str:
     value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar}"
-    names = ", ".join(f"`{name}{value}`" for name in sorted(parameter.opts, key=len, reverse=True))
+    options = [*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts]
+    names = ", ".join(f"`{name}{value}`" for name in options)
     if parameter.param_type_name == "argument":
         names = f"`{parameter.metavar}`" + ("" if parameter.required else " (optional)")
     text, _, default = (parameter.help or "").partition(" [default: ")
     shown = default.rstrip("]")
     if not shown and not (parameter.default is None or parameter.default is False):
-        shown = str(parameter.default)
+        shown = options[0] if parameter.secondary_opts else str(parameter.default)
     cells = (names, text, f"`{shown}`" if re.fullmatch(r"[\w./%]+", shown) else shown)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

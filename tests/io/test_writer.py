@@ -272,6 +272,25 @@ def test_a_disk_that_fills_while_it_is_flushed_is_the_same_error(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_advice_to_the_disk_that_is_refused_or_unknown_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refused(fd: int, position: int, count: int, advice: int) -> None:
+        asked.append(count)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    large = {"large": torch.arange(100_000.0)}
+    monkeypatch.setattr(os, "posix_fadvise", refused, raising=False)
+    write(tmp_path / "refused.safetensors", large)
+    assert sum(asked) == 400_000
+    monkeypatch.delattr(os, "posix_fadvise")
+    write(tmp_path / "unknown.safetensors", large)
+    for name in ("refused", "unknown"):
+        assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["large"], large["large"])
+
+
 def test_a_partial_write_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, position: real(fd, data[:7], position))

@@ -66,9 +66,11 @@ def test_distances_move_bytes_to_where_they_lower_the_sum_of_squares_most() -> N
         assert squares(again) < squares(moved)
 
 
-def test_tasks_that_are_where_they_should_be_keep_the_least() -> None:
-    assert share_again([500, 500], [0.1, 0.0], [20, 30], 1000) == [970, 30]
-    assert share_again([500, 500], [0.0, 0.0], [20, 30], 1000) == [20, 30]
+def test_no_task_loses_all_by_one_distance() -> None:
+    assert share_again([500, 500], [0.1, 0.0], [20, 30], 1000) == [875, 125]
+    assert share_again([900, 100], [0.1, 0.0], [20, 30], 1000) == [970, 30]
+    for unusable in ([0.0, 0.0], [0.1, float("nan")]):
+        assert share_again([600, 400], unusable, [20, 30], 1000) == [600, 400]
 
 
 class Codec:

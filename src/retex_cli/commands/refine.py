@@ -113,7 +113,7 @@ class Refiner:
         """How far answers are from the expert's with what a fitter keeps untrained. Holds two networks."""
         teacher, network = self._networks(fit)
         self._settle_batchnorm(fit, fitter, network, self.inputs[fit.task].rows)
-        return self._distance(fit, teacher, network, fitter.finish())
+        return self._distance(fit, network, fitter.finish(), self._asked(fit, teacher))
 
     def refine(self, fit: TaskFit, fitter: OffsetFitter, progress: Progress) -> bytes:
         """The coded offsets of one task. Holds two networks. Raises ``BudgetTooSmall``."""
@@ -150,7 +150,8 @@ class Refiner:
     def _best(self, fit: TaskFit, teacher: Network, found: Mapping[str, bytes], progress: Progress) -> bytes:
         """The offsets whose answers to the inputs are nearest to the expert's: never worse than none at all."""
         network = self.models.network(fit.task)
-        distances = {name: self._distance(fit, teacher, network, data) for name, data in found.items()}
+        asked = self._asked(fit, teacher)
+        distances = {name: self._distance(fit, network, data, asked) for name, data in found.items()}
         best = min(distances, key=lambda name: distances[name])
         told = ", ".join(f"{name} {distance:.4f}" for name, distance in distances.items())
         if best != next(iter(found)):
@@ -158,13 +159,18 @@ class Refiner:
         progress.note(f"{fit.task}: distance of answers from the expert's on its inputs: {told}")
         return found[best]
 
-    def _distance(self, fit: TaskFit, teacher: Network, network: Network, data: bytes) -> float:
-        """Of answers with coded offsets from the expert's, on its inputs; images are blended, as in training: of the
-        few that there are the expert is so sure that its answers hardly move."""
-        self.models.load_merged(network, fit.task, self._recovered(fit, data))
+    def _asked(self, fit: TaskFit, teacher: Network) -> tuple[list[Inputs], Tensor]:
+        """A task's inputs and the expert's answers to them; images are blended, as in training: of the few that there
+        are the expert is so sure that its answers hardly move."""
         draw = torch.Generator().manual_seed(self.seed)
         batches = [mixed(inputs, draw) for inputs in _batches(teacher, self.inputs[fit.task].rows)]
-        return float(answer_loss(_answers(network, batches), _answers(teacher, batches)))
+        return batches, _answers(teacher, batches)
+
+    def _distance(self, fit: TaskFit, network: Network, data: bytes, asked: tuple[list[Inputs], Tensor]) -> float:
+        """Of answers with coded offsets from the expert's."""
+        batches, wanted = asked
+        self.models.load_merged(network, fit.task, self._recovered(fit, data))
+        return float(answer_loss(_answers(network, batches), wanted))
 
     def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""

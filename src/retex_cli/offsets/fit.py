@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ is left out is not noise around what is kept but less of the same."""
 Prepared = tuple[Components | Tensor, Candidates]
 """A decomposed offset (or a vector as it is) and what keeping its parts would cost and gain."""
 
+
+@dataclass(frozen=True)
+class _Aim:
+    """The offset of one tensor, and what it becomes when another's has been coded, if it follows one."""
+
+    prepared: Prepared
+    pivot: Pivot | None
+
+
 Levels = list[list[int]]
 """The level of every kept component, by tensor in the order of the layout."""
 
@@ -75,10 +84,8 @@ class OffsetFitter:
         self._lead = lead
         self.budget = budget
         self.weights = dict(weights or {})
-        self._prepared: dict[str, Prepared] = {}
-        self._folded: dict[str, Prepared] = {}
-        self._pivots: dict[str, Pivot] = {}
-        self._folded_pivots: dict[str, Pivot] = {}
+        self._aims: dict[str, _Aim] = {}
+        self._folded: dict[str, _Aim] = {}
         self.nbytes = 4 * sum(math.prod(shape) for _, shape in layout)  # of the whole layout, fp32
         self._unfolded = FOLDED * self.nbytes
 
@@ -100,29 +107,28 @@ class OffsetFitter:
         ``pivot``: what it becomes when another tensor's has been coded.
         """
         what, candidates = prepared
-        before = self._prepared.get(name)
-        if before is not None and len(candidates.energies) <= len(before[1].energies):
+        before = self._aims.get(name)
+        if before is not None and len(candidates.energies) <= len(before.prepared[1].energies):
             prepared = what, replace(candidates, rest=0.0)  # there are no more to be found
-        self._prepared[name] = prepared
-        _put(self._pivots, name, pivot)
+        self._aims[name] = _Aim(prepared, pivot)
         self._folded.pop(name, None)
 
     def fold(self, name: str, prepared: Prepared, pivot: Pivot | None = None) -> None:
         """Takes another offset of ``name``, for budgets too small for its own: see ``batchnorm``."""
-        self._folded[name] = prepared
-        _put(self._folded_pivots, name, pivot)
+        self._folded[name] = _Aim(prepared, pivot)
+
+    def _aim(self, name: str) -> _Aim:
+        folded = self._folded.get(name) if self.budget < self._unfolded else None
+        return folded or self._aims[name]
 
     def _of(self, name: str) -> Prepared:
-        return self._folded[name] if self._is_folded(name) else self._prepared[name]
-
-    def _is_folded(self, name: str) -> bool:
-        return self.budget < self._unfolded and name in self._folded
+        return self._aim(name).prepared
 
     @property
     def pivots(self) -> dict[str, Pivot]:
         """By name, of tensors whose offset follows that of another at this budget."""
-        found = ((name, self._folded_pivots if self._is_folded(name) else self._pivots) for name, _ in self._layout)
-        return {name: pivots[name] for name, pivots in found if name in pivots}
+        found = {name: self._aim(name).pivot for name in self._aims}
+        return {name: pivot for name, pivot in found.items() if pivot is not None}
 
     def _first_rank(self, shape: Shape) -> int:
         """Twice what a share of the budget in proportion to the tensor's size pays for, and never more than the whole
@@ -226,7 +232,7 @@ class OffsetFitter:
         return levels
 
     def _candidates(self, name: str) -> Candidates:
-        if name not in self._prepared:
+        if name not in self._aims:
             return Candidates(np.zeros(0), np.zeros(0), np.zeros(0))
         candidates = self._of(name)[1]
         return replace(candidates, energies=candidates.energies * self.weights.get(name, 1.0))
@@ -298,12 +304,6 @@ class OffsetFitter:
             gone = {(name, index) for _, name, index in weakest[:dropped]}
             data = self.encode({name: c for name in kept if (c := kept[name].without(gone, name)) is not None})
         return data
-
-
-def _put(pivots: dict[str, Pivot], name: str, pivot: Pivot | None) -> None:
-    pivots.pop(name, None)
-    if pivot is not None:
-        pivots[name] = pivot
 
 
 def _refit(components: Components, right: Tensor) -> Tensor:

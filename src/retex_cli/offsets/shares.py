@@ -31,12 +31,14 @@ def share_out(tasks: Sequence[Sequence[Candidates]], least: Sequence[int], budge
 def share_again(shares: Sequence[int], distances: Sequence[float], least: Sequence[int], budget: int) -> list[int]:
     """Bytes for each task, from how far answers are from the experts' (a divergence, say) with ``shares``.
 
-    Distances fall about in proportion to bytes; these shares make the sum of their squares the least, so tasks that
-    are far off count most. ``least`` as above.
+    Distances are taken to fall in inverse proportion to bytes; these shares make the sum of their squares the least, so
+    tasks that are far off count most. None falls below a quarter of what it had, as no distance is exact, nor below
+    ``least``. Where nothing is far off, or a distance is no number, ``shares`` stay.
     """
-    return _in_proportion(
-        [(share * distance) ** (2 / 3) for share, distance in zip(shares, distances, strict=True)], least, budget
-    )
+    if not any(distances) or not all(map(math.isfinite, distances)):
+        return list(shares)
+    parts = [(share * distance) ** (2 / 3) for share, distance in zip(shares, distances, strict=True)]
+    return _in_proportion(parts, [max(low, share // 4) for low, share in zip(least, shares, strict=True)], budget)
 
 
 def _in_proportion(parts: Sequence[float], least: Sequence[int], budget: int) -> list[int]:
