@@ -223,7 +223,7 @@ def _row(parameter: _Parameter) -> str:
     text, _, default = (parameter.help or "").partition(" [default: ")
     shown = default.rstrip("]")
     if not shown and not (parameter.default is None or parameter.default is False):
-        shown = options[0] if parameter.secondary_opts else str(parameter.default)
+        shown = options[0].strip("`") if parameter.secondary_opts else str(parameter.default)
     cells = (names, text, f"`{shown}`" if re.fullmatch(r"[\w./%]+", shown) else shown)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
