@@ -208,6 +208,8 @@ def test_offsets_refined_on_inputs_are_nearer_and_within_the_budget(here: Path, 
         assert fitted.code == 0, fitted.err
         for row in fitted.json["tasks"].values():  # type: ignore[attr-defined]
             assert row["offset_bytes"] <= row["budget_bytes"]
+        # without inputs it cannot be sure of a network with BatchNorm, and says so once for both tasks
+        assert fitted.err.count("say little of networks with BatchNorm") == (0 if flags else 1)
         agreement[how] = distances(here, retex, name)
     for task in SIDES:
         assert agreement["refined"][task] < agreement["plain"][task]

@@ -23,6 +23,7 @@ from retex_cli.commands.task_fit import TaskFit
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
+from retex_cli.models.batchnorm import batchnorm_layers
 from retex_cli.models.compare import apart
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects, normalises
@@ -79,6 +80,7 @@ class Guard:
     threads: int
     inputs: Mapping[str, Sequence[Example]]
     _refused: list[RetexError] = field(default_factory=list)
+    _doubted: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -103,7 +105,8 @@ class Guard:
         """The best of ``data``, which was made within the fitter's budget, of smaller fits and none; a note says where
         less is kept. ``look_further`` finds the components that a change of the fitter asks for.
 
-        None, said in one note for all tasks, where the network cannot be run.
+        None, said in one note for all tasks, where the network cannot be run. Another note says where this may miss
+        something: see ``SURE``.
         """
         if self._refused:
             return None
@@ -113,6 +116,12 @@ class Guard:
             self._refused.append(error)
             _only_weights(progress, error.message)
             return None
+        if trial.doubtful and not self._doubted:
+            self._doubted.append(fit.task)
+            progress.note(
+                "inputs made without data say little of networks with BatchNorm, where more offsets may still answer "
+                "worse than fewer: --refine compares them on the tasks' inputs"
+            )
         found = trial.choose(data, look_further)
         if found.budget < fitter.budget:
             kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
@@ -184,6 +193,7 @@ class _Trial:
             self._ways.append(self._by_effect())
         made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
         self._doubt = OWN if given else made
+        self.doubtful = not given and bool(batchnorm_layers(self._network.module))
 
     def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
         """See ``Guard.choose``."""
