@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import cast
 
 from tables import load, percent, row, source
@@ -136,14 +137,29 @@ def _elsewhere(suite: str) -> str:
     measured = {key: {(str(e["form"]), str(e["size"])): e for e in rows} for key, rows in named.items()}
     others = [key for key in named if key != suite]
     wanted = sorted({place for key in others for place in measured[key]}, key=lambda place: place[::-1])
+    seeds = [key for key in named if not key.startswith(f"{suite} ")]
     columns = ["plain average, seed 0", *(key.removeprefix(suite).strip(" -") for key in others)]
-    text = f"### {suite}: other merges and fine-tuning seeds\n\nMean and worst task.\n\n"
+    text = f"### {suite}: other merges and fine-tuning seeds\n\nMean and worst task."
+    if len(seeds) > 1:
+        columns.append("over seeds")
+        text += " Over seeds: mean and standard deviation of both."
+    text += "\n\n"
     text += row(["form", "size", *columns]) + "|---" * (2 + len(columns)) + "|\n"
     for form, size in wanted:
         cells = [measured[key].get((form, size)) for key in (suite, *others)]
         shares = [f"{_with_interval(e, 'mean', 'interval')}, {percent(e['worst'])}" if e else "-" for e in cells]
+        if len(seeds) > 1:
+            shares.append(_over([e for key in seeds if (e := measured[key].get((form, size)))]))
         text += row([f"**{form}**" if form != ALONE else form, size, *shares])
     return text
+
+
+def _over(seeds: Sequence[Entry]) -> str:
+    """The spread of a row over fine-tuning seeds, and how many there are."""
+    if len(seeds) < 2:
+        return "-"
+    shares = [[number(entry, key) for entry in seeds] for key in ("mean", "worst")]
+    return ", ".join(f"{percent(mean(each))} ± {percent(stdev(each))}" for each in shares) + f" ({len(seeds)})"
 
 
 def picture(suite: str) -> str:

@@ -190,7 +190,9 @@ def test_other_merges_and_seeds_stand_side_by_side(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pareto_tables, "load", lambda _: found)
     lines = pareto_tables.pareto_tables().split("### text4: other merges")[1].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert rows[0][2:] == ["plain average, seed 0", "on ties", "seed1"]
+    assert rows[0][2:] == ["plain average, seed 0", "on ties", "seed1", "over seeds"]
     assert [row[0] for row in rows[2:]] == ["**retex**", "**retex-refine**"]
-    assert [cell.split()[0] for cell in rows[2][2:]] == ["98.00", "-", "96.00"]
-    assert [cell.split()[0] for cell in rows[3][2:]] == ["99.00", "97.00", "-"]
+    assert [cell.split()[0] for cell in rows[2][2:-1]] == ["98.00", "-", "96.00"]
+    assert rows[2][-1].startswith("97.00 ± 1.41, ")
+    assert rows[2][-1].endswith(" (2)")
+    assert [cell.split()[0] for cell in rows[3][2:]] == ["99.00", "97.00", "-", "-"]
