@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import cast
@@ -54,7 +54,9 @@ def pareto_tables() -> str:
         return "\nNothing measured yet: run `benchmarks/pareto.py text8` and `vision6`.\n"
     parts = [_table(suite, rows) for suite, rows in suites().items() if _rivals(rows)]
     parts += [_elsewhere(suite) for suite, rows in suites().items() if _rivals(rows)]
-    return "\n" + _HEAD + "\n" + "\n".join(filter(None, parts)) + "\n" + source(NAME, result)
+    return (
+        "\n" + _HEAD + "\n" + "\n".join(filter(None, parts)) + "\n" + source(NAME, result, _commits(suites().values()))
+    )
 
 
 def ours_table() -> str:
@@ -79,7 +81,13 @@ def ours_table() -> str:
                 shares = [_with_interval(entry, "mean", "interval"), _with_interval(entry, "worst", "worst_interval")]
                 others = _best_within(2 * fraction, rows)
                 text += row([suite, how, f"{100 * fraction:.3g}", *shares, percent(entry["agreement"]), others])
-    return text + "\n" + source(NAME, result) + "\n"
+    shown = [[entry for entry in rows if is_ours(entry)] for rows in suites().values() if _rivals(rows)]
+    return text + "\n" + source(NAME, result, _commits(shown)) + "\n"
+
+
+def _commits(parts: Iterable[Sequence[Entry]]) -> list[str]:
+    """Of rows: each may come from another run."""
+    return sorted({str(entry["commit"])[:10] for rows in parts for entry in rows if "commit" in entry})
 
 
 def _rivals(rows: Sequence[Entry]) -> list[Entry]:

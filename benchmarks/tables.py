@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -19,14 +20,13 @@ def percent(value: object) -> str:
     return f"{100 * value:.2f}" if isinstance(value, float) else "-"
 
 
-def source(name: str, result: dict[str, object]) -> str:
-    """Where a table comes from."""
+def source(name: str, result: dict[str, object], commits: Iterable[str] = ()) -> str:
+    """Where a table comes from: a run, or rows that were measured at ``commits``."""
     made = result["provenance"]
     assert isinstance(made, dict)
-    return (
-        f"<sub>`benchmarks/results/{name}.json`, commit `{str(made['commit'])[:10]}`, "
-        f"{made['cores']} cores of {made['processor']}.</sub>\n"
-    )
+    found = list(dict.fromkeys(commits)) or [str(made["commit"])]
+    named = ("commit " if len(found) == 1 else "commits ") + ", ".join(f"`{commit[:10]}`" for commit in found)
+    return f"<sub>`benchmarks/results/{name}.json`, {named}, {made['cores']} cores of {made['processor']}.</sub>\n"
 
 
 def row(cells: list[str]) -> str:

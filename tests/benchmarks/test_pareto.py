@@ -179,6 +179,20 @@ def test_the_readme_has_ours_and_what_others_reach(monkeypatch: pytest.MonkeyPat
     assert "90.00 (svd, 1.5 %)" in line
 
 
+def test_tables_name_the_commits_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "text4": [
+            entry("retex", 0.01, 0.98) | {"commit": "a" * 40},
+            entry("retex", 0.02, 0.99) | {"commit": "b" * 40},
+            entry("svd", 0.03, 0.9) | {"commit": "d" * 40},
+        ],
+        "provenance": {"commit": "c" * 40, "cores": 2, "processor": "p"},
+    }
+    monkeypatch.setattr(pareto_tables, "load", lambda _: found)
+    assert "commits `aaaaaaaaaa`, `bbbbbbbbbb`, 2 cores" in pareto_tables.ours_table()
+    assert "`bbbbbbbbbb`, `dddddddddd`, 2 cores" in pareto_tables.pareto_tables()
+
+
 def test_other_merges_and_seeds_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "text4": [entry("retex", 0.01, 0.98), entry("retex-refine", 0.01, 0.99), entry("svd", 0.03, 0.99)],
