@@ -170,6 +170,8 @@ class _Doubt:
 
 OWN = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
 """On inputs of the task whatever is surely nearer is taken."""
+NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
+"""Where nothing is normalised more offsets may answer worse over many budgets: there whatever is nearer on average is."""
 
 
 class _Trial:
@@ -192,7 +194,8 @@ class _Trial:
         if not steady:
             self._ways.append(self._by_effect())
         made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
-        self._doubt = OWN if given else made
+        own = OWN if steady else NEAREST
+        self._doubt = own if given else made
         self.doubtful = not given and bool(batchnorm_layers(self._network.module))
 
     def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
@@ -210,7 +213,7 @@ class _Trial:
                 smaller = self._smaller()
                 if best.worse(smaller, doubt.smaller, doubt.errors):
                     best = smaller
-                elif doubt != OWN and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
+                elif doubt not in (OWN, NEAREST) and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
