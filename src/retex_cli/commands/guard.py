@@ -171,7 +171,7 @@ class _Doubt:
 OWN = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
 """On inputs of the task whatever is surely nearer is taken."""
 NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
-"""Where nothing is normalised more offsets may answer worse over many budgets: there whatever is nearer on average is."""
+"""Where nothing is normalised more offsets often answer worse: there whatever is nearer on average is."""
 
 
 class _Trial:
@@ -183,8 +183,8 @@ class _Trial:
             raise RetexError(f"{fit.expert.reference}: {size:,} parameters are too many to run beside a fit")
         self._guard, self._fit, self._fitter = guard, fit, fitter
         self._network = guard.models.network(fit.task)
-        given = guard.inputs.get(fit.task)
-        self._examples = given or probes(self._network)
+        self._given = guard.inputs.get(fit.task)
+        self._examples = self._given or probes(self._network)
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
         guard.models.load_expert(self._network, fit.task)
@@ -195,8 +195,8 @@ class _Trial:
             self._ways.append(self._by_effect())
         made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
         own = OWN if steady else NEAREST
-        self._doubt = own if given else made
-        self.doubtful = not given and bool(batchnorm_layers(self._network.module))
+        self._doubt = own if self._given else made
+        self.doubtful = not self._given and bool(batchnorm_layers(self._network.module))
 
     def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
         """See ``Guard.choose``."""
@@ -213,7 +213,7 @@ class _Trial:
                 smaller = self._smaller()
                 if best.worse(smaller, doubt.smaller, doubt.errors):
                     best = smaller
-                elif doubt not in (OWN, NEAREST) and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
+                elif not self._given and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
