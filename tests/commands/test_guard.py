@@ -144,3 +144,4 @@ def test_refined_offsets_are_compared_on_the_tasks_own_inputs(here: Path, retex:
     row, _ = fit(retex, "far", "5%", "--refine", "--inputs", "far=inputs.safetensors")
     assert row["kept"]["inputs"] == 16
     assert row["kept"]["distance"] < row["kept"]["merged"]
+    assert row["kept"]["distance"] <= row["kept"]["whole"], "the nearest is taken, whatever the noise"
