@@ -1,12 +1,13 @@
 """Accuracy against bytes, retex and its rivals on the same experts: each row is fitted, written and evaluated.
 
-    python benchmarks/pareto.py text8|vision6 [--rows 1000] [--forms svd,retex] [--merge ties] [--seed 1] [--fresh]
+    python benchmarks/pareto.py text8|vision6 [--rows 1000] [--forms svd,retex] [--sizes 0.5%,1%] [--merge ties]
+                                [--alpha auto] [--seed 1] [--fresh]
 
 Protocol K: task and head are known. A row that was measured before with the same sources, experts and test rows comes
 from the cache, so an interrupted run goes on where it stopped. Rivals start from the plain average of seed 0 alone.
-All rows together (not with ``--forms``) go into
-``results/pareto.json`` under the name of the suite, accuracies as shares of the experts' own, and into a picture,
-``docs/pareto-SUITE.svg``; other merges and seeds have retex's rows alone, and no picture.
+Rows go into ``results/pareto.json`` under the name of the suite, in place of those of the same form and size,
+accuracies as shares of the experts' own, and into a picture, ``docs/pareto-SUITE.svg``; other merges and seeds have
+retex's rows alone, and no picture.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import measure
 import torch
@@ -37,8 +39,7 @@ from retex_cli.io.checkpoint import open_checkpoint
 
 BUDGETS = ("0.05%", "0.1%", "0.25%", "0.5%", "1%", "2%")
 REFINED = {"text8": ("0.05%", "0.1%", "0.5%"), "vision6": ("0.5%", "1%", "2%")}
-"""What ``--refine``, which takes minutes a task, is measured at; on other merges and seeds, all that ``BUDGETS`` are
-there, and the middle one is refined."""
+"""What ``--refine``, which takes minutes a task, is measured at, and all that other merges and seeds are."""
 OURS: dict[str, list[str]] = {"retex": [], "retex-refine": ["--refine"]}
 """Rows of retex's own: name -> what is typed after ``fit-offsets --total-budget SIZE``. A size in percent is one of a
 task on average, shared out over tasks by need."""
@@ -109,11 +110,9 @@ def all_rows(field: Field, folder: Path, merged: Path, suite: str, *, rivals: bo
     mine, refined = (digest(*(ROOT / "src/retex_cli" / each for each in part)) for part in (DECIDING, REFINING))
     yield Row("merged", "alone", mine, lambda: _entry(field, 0, 0, field.scores(lambda _: field.tensors(field.merged))))
     for name, options in OURS.items():
-        if "--refine" in options:
-            sizes, sources = REFINED[suite] if rivals else REFINED[suite][1:2], refined
-        else:
-            sizes, sources = BUDGETS if rivals else REFINED[suite], mine
-        for budget in sizes:
+        trained = "--refine" in options
+        sources = refined if trained else mine
+        for budget in BUDGETS if rivals and not trained else REFINED[suite]:
             yield Row(name, budget, sources, lambda b=budget, o=options: ours(field, folder, merged, b, o))
     if not rivals:
         return
@@ -130,6 +129,17 @@ def digest(*places: Path) -> str:
         for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             state.update(file.read_bytes())
     return state.hexdigest()
+
+
+def chosen(name: str, names: str | None) -> bool:
+    """Whether a comma-separated choice holds ``name``; no choice holds all."""
+    return names is None or name in names.split(",")
+
+
+def replaced(known: Sequence[Entry], entries: Sequence[Entry]) -> list[Entry]:
+    """``known`` rows, with ``entries`` in place of those of the same form and size."""
+    rows = {(entry["form"], entry["size"]): entry for entry in (*known, *entries)}
+    return list(rows.values())
 
 
 def place(suite: str, fingerprint: str, row: Row) -> Path:
@@ -166,7 +176,9 @@ def main() -> None:
     parser.add_argument("suite", choices=REFINED)
     parser.add_argument("--rows", type=int, help="test rows a task, drawn once; default: all")
     parser.add_argument("--forms", help="only these, by comma")
+    parser.add_argument("--sizes", help="only these, by comma")
     parser.add_argument("--merge", default="average", metavar="METHOD", help="what all start from")
+    parser.add_argument("--alpha", metavar="X|auto", help="its scale; default: the method's own")
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache has")
     arguments = parser.parse_args()
@@ -176,21 +188,23 @@ def main() -> None:
     subprocess.run([sys.executable, *make], check=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         merged = Path(name) / "merged.safetensors"
-        retex(folder, "merge", "--method", arguments.merge, "-o", str(merged))
+        scale = ("--alpha", arguments.alpha) if arguments.alpha else ()
+        retex(folder, "merge", "--method", arguments.merge, *scale, "-o", str(merged))
         field = Field(folder, merged, arguments.rows)
-        chosen = set(arguments.forms.split(",")) if arguments.forms else None
-        alone = arguments.merge == "average" and not arguments.seed
+        alone = arguments.merge == "average" and not scale and not arguments.seed
         every = all_rows(field, folder, merged, arguments.suite, rivals=alone)
-        rows = [row for row in every if chosen is None or row.form in chosen]
+        rows = [row for row in every if chosen(row.form, arguments.forms) and chosen(row.size, arguments.sizes)]
         fingerprint = field.fingerprint()
         entries = run(rows, lambda row: place(suite, fingerprint, row), arguments.fresh)
-    if chosen is None:
-        key = suite + ("" if arguments.merge == "average" else f" on {arguments.merge}")
-        key += f", {arguments.rows} rows" if arguments.rows else ""
-        result = {name: value for name, value in (load(NAME) or {}).items() if name != "provenance"}
-        print(f"wrote {write(NAME, {**result, key: entries})}")
-        if alone:
-            print(f"wrote {plot(key, entries)}")
+    key = suite + ("" if arguments.merge == "average" else f" on {arguments.merge}")
+    key += f" (alpha {arguments.alpha})" if scale else ""
+    key += f", {arguments.rows} rows" if arguments.rows else ""
+    result = {name: value for name, value in (load(NAME) or {}).items() if name != "provenance"}
+    known = cast("list[Entry]", result.get(key, []))
+    entries = replaced(known, entries)
+    print(f"wrote {write(NAME, {**result, key: entries})}")
+    if alone:
+        print(f"wrote {plot(key, entries)}")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,14 @@ def test_a_run_goes_on_where_it_stopped(rows, tmp_path: Path, monkeypatch: pytes
     assert tmp_path in kept(first).parents
 
 
+def test_rows_take_the_place_of_their_like() -> None:
+    known = [{"form": "svd", "size": "r = 1", "mean": 0.8}, {"form": "emr", "size": "1 bit", "mean": 0.9}]
+    new = [{"form": "svd", "size": "r = 1", "mean": 0.7}, {"form": "svd", "size": "r = 2", "mean": 0.9}]
+    assert pareto.replaced(known, new) == [new[0], known[1], new[1]]
+    assert [pareto.chosen(name, "svd,emr") for name in ("svd", "emr", "e")] == [True, True, False]
+    assert pareto.chosen("anything", None)
+
+
 def test_every_row_has_a_name_of_its_own(field: Field, made: Path) -> None:
     def names(*, rivals: bool) -> list[tuple[str, str]]:
         rows = pareto.all_rows(field, made, made / "merged", "text8", rivals=rivals)
