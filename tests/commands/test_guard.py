@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from retex_cli.commands import guard
+from retex_cli.commands.refine import Refiner
+from retex_cli.offsets.decompose import Components, decompose
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
@@ -107,6 +112,32 @@ def test_a_bigger_budget_is_never_worse(here: Path, retex: Retex) -> None:
     assert larger[0]["kept"]["budget_bytes"] == small[0]["budget_bytes"]
     assert "than with fewer" in larger[1]
     assert rows[3][0]["kept"]["distance"] < 0.8 * rows[3][0]["kept"]["whole"], "shared out by effect on answers"
+
+
+@pytest.mark.parametrize("more", [(), ("--refine", "--inputs", "far=inputs.safetensors")])
+def test_a_smaller_fit_that_is_kept_is_the_smaller_file_to_the_bit(
+    here: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"image": images}, here / "inputs.safetensors")
+
+    def telling(matrix: torch.Tensor, rank: int) -> Components:
+        found = decompose(matrix, rank)
+        return replace(found, left=found.left * (1 + rank / 1000))
+
+    monkeypatch.setattr("retex_cli.offsets.fit.decompose", telling)  # as a randomised one: for each rank others
+    monkeypatch.setattr(guard._Tried, "mean", property(lambda tried: float(tried.budget != RUNG)))
+    monkeypatch.setattr(guard._Tried, "worse", lambda tried, other, *_: other.mean < tried.mean)
+    monkeypatch.setattr(Refiner, "refine", lambda self, fit, fitter, progress: fitter.finish())
+    files = []
+    for budget in (str(RUNG), "5%"):
+        row, _ = fit(retex, "far", budget, *more)
+        assert row["kept"]["budget_bytes"] == RUNG
+        files.append(load_file("out.safetensors")["offsets/far"])
+    assert torch.equal(*files)
+
+
+RUNG = int(0.02 * 4 * sum(tensor.numel() for tensor in weights(0).values()))
 
 
 def test_the_same_bytes_for_any_number_of_threads(here: Path, retex: Retex) -> None:

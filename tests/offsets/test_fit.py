@@ -186,7 +186,7 @@ def test_few_components_are_looked_for_and_more_where_the_budget_needs_them(monk
             fitter.update(name, fitter.prepare(deltas[name], rank))
     assert 0 < rounds < 10
     found = fitter.finish()
-    monkeypatch.setattr(OffsetFitter, "_first_rank", lambda self, shape: 300)
+    monkeypatch.setattr(OffsetFitter, "first_rank", lambda self, shape: 300)
     whole = OffsetFitter(layout, 12_000)
     for name, delta in deltas.items():
         whole.update(name, whole.prepare(delta))

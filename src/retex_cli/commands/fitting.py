@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from retex_cli.allocator import give_back_large
 from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.corrections import stored_name
-from retex_cli.commands.guard import Guard
+from retex_cli.commands.guard import Fit, Guard
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.refine import Refiner
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
@@ -164,7 +164,15 @@ class Fitting:
             looked |= self._look_further(fit, fitter)
         return looked
 
-    def _prepare(self, fit: TaskFit) -> _Prepared:
+    def _fresh(self, fit: TaskFit, budget: int, weighted: Mapping[str, float]) -> bytes:
+        """See ``guard.Fresh``. What was found for larger budgets is not used, so that the bits do not depend on it."""
+        fitter = self._prepare(replace(fit, budget=budget), beside=True).fitter
+        fitter.weights = dict(weighted)
+        self._look_further(fit, fitter)
+        return fitter.finish()
+
+    def _prepare(self, fit: TaskFit, *, beside: bool = False) -> _Prepared:
+        """One task, ready to be coded; ``beside`` a fit that counts in the progress, it does not."""
         layout = layout_of(self.merged)
         if fit.lossless:  # what counts is how small the errors are
             fitter = OffsetFitter(layout, fit.budget, lead=0.0)
@@ -182,7 +190,8 @@ class Fitting:
                 fitter.update(merged_names[name], piece.prepared)
             if piece.noise is not None:
                 noises[merged_names[name]] = piece.noise
-            self.progress.advance(_steps(fit, name))
+            if not beside:
+                self.progress.advance(_steps(fit, name))
         self._look_further(fit, fitter)
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
@@ -227,8 +236,8 @@ class Fitting:
             with _budget_in_words(fit):
                 data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, self.progress)
             if self.guard is not None:
-                further = partial(self._look_further, fit, fitter)
-                choice = self.guard.choose(fit, fitter, data, further, self.progress)
+                first = Fit(data, fitter.budget, fitter.weights)
+                choice = self.guard.choose(fit, first, partial(self._fresh, fit), self.progress)
                 if choice is not None:
                     data, texts["kept"] = choice.data, json.dumps(choice.to_json())
         texts["budget"] = str(fitter.budget)
@@ -240,7 +249,9 @@ class Fitting:
         self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter, rank: int | None = None
     ) -> _Piece:
         """What was put aside of a tensor, or what is made of it and put aside now; ``rank`` as for ``prepare``."""
-        place = f"{fit.task}/{name}/{rank or 0}"
+        if rank is None:
+            rank = 0 if ours is None else fitter.first_rank(self.merged.tensors[ours].shape)
+        place = f"{fit.task}/{name}/{rank}"
         found = self.scratch.get(place)
         if found is None:
             piece = self._made(fit, name, ours, fitter, rank)
@@ -252,7 +263,7 @@ class Fitting:
         noise = Noise(**json.loads(texts["noise"])) if "noise" in texts else None
         return _Piece(bytes.fromhex(texts["digest"]), from_tensors(tensors) if tensors else None, noise)
 
-    def _made(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter, rank: int | None) -> _Piece:
+    def _made(self, fit: TaskFit, name: str, ours: str | None, fitter: OffsetFitter, rank: int) -> _Piece:
         tensor = fit.expert.read(name)
         digest = tensor_digest(tensor)
         if ours is None or not tensor.is_floating_point():

@@ -32,7 +32,7 @@ from retex_cli.models.probes import probes
 from retex_cli.models.processor import Inputs
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
-from retex_cli.offsets.stream import decode
+from retex_cli.offsets.stream import Shape, decode
 from retex_cli.progress import Progress, Silent
 
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -51,6 +51,20 @@ BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 LARGEST = 1_500_000_000
 """Parameters of the largest network that is built for this: it is held in memory, float32."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Coded offsets, the bytes they were fitted to and by how much errors in tensors count there."""
+
+    data: bytes
+    budget: int
+    weights: Mapping[str, float]
+
+
+Fresh = Callable[[int, Mapping[str, float]], bytes]
+"""Coded offsets within so many bytes, errors weighted so, to the bit as a fit to that budget alone has them. Raises
+``BudgetTooSmall``."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +113,8 @@ class Guard:
         inputs = {task: each.rows for task, each in refine.items()}
         return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs)
 
-    def choose(
-        self, fit: TaskFit, fitter: OffsetFitter, data: bytes, look_further: Callable[[], object], progress: Progress
-    ) -> Choice | None:
-        """The best of ``data``, which was made within the fitter's budget, of smaller fits and none; a note says where
-        less is kept. ``look_further`` finds the components that a change of the fitter asks for.
+    def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, progress: Progress) -> Choice | None:
+        """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
 
         None, said in one note for all tasks, where the network cannot be run. Another note says where this may miss
         something: see ``SURE``.
@@ -111,7 +122,7 @@ class Guard:
         if self._refused:
             return None
         try:
-            trial = _Trial(self, fit, fitter)
+            trial = _Trial(self, fit, first.weights)
         except RetexError as error:
             self._refused.append(error)
             _only_weights(progress, error.message)
@@ -122,13 +133,13 @@ class Guard:
                 "inputs made without data say little of networks with BatchNorm, where more offsets may still answer "
                 "worse than fewer: --refine compares them on the tasks' inputs"
             )
-        found = trial.choose(data, look_further)
-        if found.budget < fitter.budget:
+        found = trial.choose(first, fresh)
+        if found.budget < first.budget:
             kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
             other = "fewer" if found.budget else "merged weights alone"
             near = "not surely nearer to" if found.whole < found.distance else "further from"
             progress.note(
-                f"{fit.task}: with offsets within {fitter.budget:,} bytes answers are {near} the expert's "
+                f"{fit.task}: with offsets within {first.budget:,} bytes answers are {near} the expert's "
                 f"({found.whole:.3g}) than with {other} ({found.distance:.3g}): {kept} kept"
             )
         return found
@@ -168,75 +179,62 @@ class _Doubt:
     errors: float
 
 
-OWN = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
-"""On inputs of the task whatever is surely nearer is taken."""
 NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
-"""Where nothing is normalised more offsets often answer worse: there whatever is nearer on average is."""
+"""On inputs of the task: what is nearer by chance is a smaller file to the bit, so not worse than that one."""
 
 
 class _Trial:
     """One task's network on some inputs, and the expert's own answers to them."""
 
-    def __init__(self, guard: Guard, fit: TaskFit, fitter: OffsetFitter) -> None:
+    def __init__(self, guard: Guard, fit: TaskFit, weights: Mapping[str, float]) -> None:
         size = sum(info.numel for info in fit.expert.tensors.values())
         if size > LARGEST:
             raise RetexError(f"{fit.expert.reference}: {size:,} parameters are too many to run beside a fit")
-        self._guard, self._fit, self._fitter = guard, fit, fitter
+        self._guard, self._fit = guard, fit
         self._network = guard.models.network(fit.task)
-        self._given = guard.inputs.get(fit.task)
-        self._examples = self._given or probes(self._network)
+        given = guard.inputs.get(fit.task)
+        self._examples = given or probes(self._network)
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
         guard.models.load_expert(self._network, fit.task)
         self._wanted = self._answers()
-        self._ways = [dict(fitter.weights)]
         steady = normalises(self._network.module)
-        if not steady:
-            self._ways.append(self._by_effect())
+        self._ways = [weights] if steady else [weights, self._by_effect(weights)]
         made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
-        own = OWN if steady else NEAREST
-        self._doubt = own if self._given else made
-        self.doubtful = not self._given and bool(batchnorm_layers(self._network.module))
+        self._doubt = NEAREST if given else made
+        self._searches = bool(given)
+        self.doubtful = not given and bool(batchnorm_layers(self._network.module))
 
-    def choose(self, data: bytes, look_further: Callable[[], object]) -> Choice:
+    def choose(self, first: Fit, fresh: Fresh) -> Choice:
         """See ``Guard.choose``."""
-        fitter, whole = self._fitter, self._fitter.budget
-        merged, first = self._tried(fitter.encode({}), 0), self._tried(data, whole)
-        best, doubt = first, self._doubt
+        layout, whole = layout_of(self._guard.merged), first.budget
+        merged = self._tried(OffsetFitter(layout, 0).encode({}), 0)
+        kept, doubt = self._tried(first.data, whole), self._doubt
+        untouched = kept.mean
+
+        def made(budget: int, ways: Sequence[Mapping[str, float]]) -> list[_Tried]:
+            return [self._tried(fresh(budget, weights), budget) for weights in ways]
+
         try:
-            for weights in self._ways[1:]:
-                fitter.weights = weights
-                look_further()
-                best = min(best, self._tried(fitter.finish(), whole), key=lambda tried: tried.mean)
-            for rung in _rungs(fitter.nbytes, whole):
-                fitter.budget = rung
-                smaller = self._smaller()
-                if best.worse(smaller, doubt.smaller, doubt.errors):
-                    best = smaller
-                elif not self._given and best.budget == whole and not best.worse(merged, doubt.merged, doubt.errors):
+            kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
+            for rung in _rungs(layout, whole):
+                smaller = min(made(rung, self._ways), key=_mean)
+                if kept.worse(smaller, doubt.smaller, doubt.errors):
+                    kept = smaller
+                elif not self._searches and kept.budget == whole and not kept.worse(merged, doubt.merged, doubt.errors):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
-        finally:
-            fitter.weights, fitter.budget = self._ways[0], whole
-        best = merged if best.worse(merged, doubt.merged, doubt.errors) else best
-        return Choice(best.data, best.budget, len(self._examples), best.mean, first.mean, merged.mean)
+        kept = merged if kept.worse(merged, doubt.merged, doubt.errors) else kept
+        return Choice(kept.data, kept.budget, len(self._examples), kept.mean, untouched, merged.mean)
 
-    def _smaller(self) -> _Tried:
-        """The best fit to the fitter's budget of now."""
-        fits = []
-        for weights in self._ways:
-            self._fitter.weights = weights
-            fits.append(self._tried(self._fitter.finish(), self._fitter.budget))
-        return min(fits, key=lambda tried: tried.mean)
-
-    def _by_effect(self) -> dict[str, float]:
+    def _by_effect(self, weights: Mapping[str, float]) -> dict[str, float]:
         """What errors count for by their effect on the expert's answers, half-way (as geometric mean) to what they
         count for by their energy alone: effects of errors as large as those of a small file are not in proportion."""
         found = effects(self._network, self._examples)
         ours = {self._network.own_name(theirs): name for name, theirs in self._fit.alignment.shared.items()}
         known = {ours[name]: math.sqrt(effect) for name, effect in found.items() if name in ours}
-        return {name: weight * self._fitter.weights.get(name, 1.0) for name, weight in known.items()}
+        return {name: weight * weights.get(name, 1.0) for name, weight in known.items()}
 
     def _tried(self, data: bytes, budget: int) -> _Tried:
         """The expert that these offsets recover, asked."""
@@ -260,8 +258,13 @@ class _Trial:
         return run(self._network, self._examples, forward, BATCH, self._guard.threads, Silent()).whole()
 
 
-def _rungs(nbytes: int, budget: int) -> Iterator[int]:
+def _mean(tried: _Tried) -> float:
+    return tried.mean
+
+
+def _rungs(layout: Sequence[tuple[str, Shape]], budget: int) -> Iterator[int]:
     """Smaller budgets than ``budget``, large ones first."""
+    nbytes = 4 * sum(math.prod(shape) for _, shape in layout)
     for share in reversed(LADDER):
         if share * nbytes <= SMALLER * budget:
             yield int(share * nbytes)

@@ -98,7 +98,7 @@ class OffsetFitter:
         if delta.ndim < 2:
             vector = delta.reshape(-1).cpu()
             return vector, _vector_candidates(vector)
-        components = decompose(as_matrix(delta), rank or self._first_rank(tuple(delta.shape)))
+        components = decompose(as_matrix(delta), rank or self.first_rank(tuple(delta.shape)))
         return components, _component_candidates(components)
 
     def update(self, name: str, prepared: Prepared, pivot: Pivot | None = None) -> None:
@@ -130,9 +130,12 @@ class OffsetFitter:
         found = {name: self._aim(name).pivot for name in self._aims}
         return {name: pivot for name, pivot in found.items() if pivot is not None}
 
-    def _first_rank(self, shape: Shape) -> int:
-        """Twice what a share of the budget in proportion to the tensor's size pays for, and never more than the whole
-        budget would pay for, at half a bit an entry of the longer side."""
+    def first_rank(self, shape: Shape) -> int:
+        """How many components of a tensor to look for at first, 0 of a vector: twice what a share of the budget in
+        proportion to its size pays for, and never more than the whole budget would pay for, at half a bit an entry of
+        the longer side."""
+        if len(shape) < 2:
+            return 0
         size = sum(math.prod(other) for _, other in self._layout)
         share = 8 * self.budget * math.prod(shape) / max(size, 1)
         likely = math.ceil(2 * share / (USUAL_BITS * max(sum(stream.sides(shape)), 1))) + FEWEST
