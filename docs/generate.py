@@ -16,6 +16,7 @@ from typing import Protocol, cast
 from typer.main import get_command
 
 from retex_cli.cli.app import app
+from retex_cli.commands.fit_parts import PARTS
 from retex_cli.merging.table import METHODS, MODIFIERS, Method
 
 FOLDER = Path(__file__).parent
@@ -211,6 +212,9 @@ def _section(command: _Command) -> str:
         parts.append(f"```sh\n{examples.strip()}\n```")
     rows = [_row(parameter) for parameter in command.params]
     parts.append("\n".join(["| option | what it does | default |", "|---|---|---|", *rows]))
+    if command.name == "fit-offsets":
+        rows = [f"| `{name}` | {what} |" for name, what in PARTS.items()]
+        parts.append("\n".join(["| `--without` | what is left out |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -164,6 +164,7 @@ def fit_offsets(
     model: str | None = None,
     batch_size: int = 32,
     refine: bool = False,
+    without: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FitOffsetsReport:
@@ -173,9 +174,9 @@ def fit_offsets(
     the share of held-out inputs (the last quarter of each task's ``inputs``, task name to path) on which a recovered
     expert is to give the expert's own answer, in the smallest file that does. ``model`` and ``batch_size`` say how
     inputs are run. ``refine`` trains the offsets on the first 256 of each task's ``inputs``, by which it shares
-    ``total_budget`` out, too. ``lossless`` adds an exact correction, so that recovery gives an expert's very bits. With
-    none of the three the budget is 0.25%, or with ``lossless`` the one at which offsets and correction are smallest
-    together.
+    ``total_budget`` out, too. ``without`` names parts that are left out (``commands/fit_parts.py``). ``lossless`` adds
+    an exact correction, so that recovery gives an expert's very bits. With none of the three the budget is 0.25%, or
+    with ``lossless`` the one at which offsets and correction are smallest together.
     ``base`` is needed only where an expert is a LoRA adapter. With ``add`` (task name to reference) or ``remove``, and
     no ``experts``, the file ``output`` is changed: tasks join it or leave it, and the others stay as they are.
     """
@@ -200,6 +201,7 @@ def fit_offsets(
         model=model,
         batch_size=batch_size,
         refine=refine,
+        without=tuple(without),
         seed=seed,
     )
     if add or remove:

@@ -112,6 +112,8 @@ def test_a_bigger_budget_is_never_worse(here: Path, retex: Retex) -> None:
     assert larger[0]["kept"]["budget_bytes"] == small[0]["budget_bytes"]
     assert "than with fewer" in larger[1]
     assert rows[3][0]["kept"]["distance"] < 0.8 * rows[3][0]["kept"]["whole"], "shared out by effect on answers"
+    without, _ = fit(retex, "far", "30%", "--without", "effects")
+    assert without["kept"]["distance"] == without["kept"]["whole"] == rows[3][0]["kept"]["whole"]
 
 
 @pytest.mark.parametrize("more", [(), ("--refine", "--inputs", "far=inputs.safetensors")])

@@ -231,6 +231,33 @@ def test_a_shared_budget_follows_answers_where_they_are_looked_at(here: Path, re
     assert abs(sum(budgets["weights"]) - sum(budgets["answers"])) <= 2
 
 
+def test_parts_of_a_fit_can_be_left_out(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here).code == 0
+    made, reports = {}, {}
+    for left in ("", "lead", "statistics", "training", "shares", "compare"):
+        line = ("--total-budget", "12%", "--refine", *(("--without", left) if left else ()))
+        file = here / f"{left or 'all'}.safetensors"
+        fitted = retex("fit-offsets", "-w", here, *line, "-o", file, "--json")
+        assert fitted.code == 0, fitted.err
+        assert ("training did not help" in fitted.err or "refined" in fitted.err) == (left != "training")
+        made[left], reports[left] = load_file(file)["offsets/bars"], fitted.json["tasks"]
+        recipe = retex("inspect", file, "--json").json["recipe"]
+        assert recipe.get("without") == ([left] if left else None)  # type: ignore[attr-defined]
+    for left in ("lead", "statistics", "training", "shares"):
+        assert not torch.equal(made[left], made[""]), left
+    assert "kept" in reports[""]["bars"]  # type: ignore[index]
+    assert "kept" not in reports["compare"]["bars"]  # type: ignore[index]
+
+
+def test_parts_that_are_none_are_refused(here: Path, retex: Retex) -> None:
+    assert retex("merge", "-w", here).code == 0
+    unknown = retex("fit-offsets", "-w", here, "--without", "heads")
+    assert (unknown.code, "there is no such part" in unknown.err, "lead, compare" in unknown.err) == (2, True, True)
+    idle = retex("fit-offsets", "-w", here, "--without", "training")
+    assert (idle.code, "that is a part of --refine" in idle.err) == (2, True)
+    assert retex("fit-offsets", "-w", here, "--add", "x=experts/bars", "--without", "heads").code == 2
+
+
 def distances(here: Path, retex: Retex, offsets: Path) -> dict[str, float]:
     """Of the logits of a recovered expert from the expert's own, on test pictures."""
     space: dict[str, object] = {}

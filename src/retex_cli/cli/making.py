@@ -13,6 +13,7 @@ from retex_cli.cli import options as shared
 from retex_cli.cli.output import How, note
 from retex_cli.cli.perform import perform
 from retex_cli.cli.values import model_of, pairs, per_task, scalar, settings, size
+from retex_cli.commands.fit_parts import PARTS
 from retex_cli.errors import UsageError
 from retex_cli.workspace import MERGED, OFFSETS, SIGNATURES, MergeSection, Workspace
 
@@ -232,6 +233,10 @@ def fit_offsets(
     refine: Annotated[
         bool, typer.Option("--refine", help="Train the offsets on each task's unlabelled inputs, within the budget.")
     ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="PART", help="Leave a part out: " + ", ".join(PARTS) + ". Repeat."),
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="REF", help="Needed for LoRA adapters.")] = None,
     inputs: shared.Inputs = None,
     model: shared.Model = None,
@@ -289,6 +294,7 @@ def fit_offsets(
         batch_size=batch_size or space.eval.batch_size or 32,
         lossless=lossless,
         refine=refine,
+        without=tuple(dict.fromkeys(without or ())),
         seed=seed,
         base=base or space.base,
         device=device,

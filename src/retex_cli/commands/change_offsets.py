@@ -17,6 +17,7 @@ import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
 from retex_cli.commands.checks import damaged, of_tensor
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, merged_digests
+from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.guard import Guard
@@ -84,6 +85,7 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     """
     if config.experts:
         raise UsageError("--expert makes a file, --add and --remove change one", "leave --expert out")
+    check_parts(config.without, refine=config.refine)
     if config.total_budget is not None:
         raise UsageError(
             "--total-budget is for a whole file, and --add leaves its other tasks as they are", "give --budget"
@@ -143,9 +145,12 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     judge = Judge.of(config.target, plan.added, plan.held_out, merged, device, config.model, config.batch_size, threads)
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
     with scratch_beside(config.output, key, device) as scratch:
-        refiner = Refiner.of(plan.added, plan.refine, merged, device, config.model, config.seed, threads)
-        guard = None if judge else Guard.of(plan.added, plan.refine, merged, device, config.model, threads, progress)
-        fitting = Fitting(merged, device, threads, scratch, progress, judge=judge, refiner=refiner, guard=guard)
+        without = frozenset(config.without)
+        refiner = Refiner.of(plan.added, plan.refine, merged, device, config.model, config.seed, threads, without)
+        compares = judge is None and "compare" not in without
+        among = (plan.added, plan.refine, merged, device, config.model, threads, progress, without)
+        guard = Guard.of(*among) if compares else None
+        fitting = Fitting(merged, device, threads, scratch, progress, False, judge, refiner, guard, without)
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -180,7 +185,7 @@ def _recipe(
     old = json.loads(plan.file.metadata.get("recipe", "{}"))
     config, version = plan.config, retex_cli.__version__
     how = {"budget": config.wish.words, "lossless": config.lossless, **inputs_recipe(plan.held_out, config.model)}
-    how |= refine_recipe(plan.refine, config.model, config.seed)
+    how |= refine_recipe(plan.refine, config.model, config.seed) | parts_recipe(config.without)
     added = {fit.task: {**fit.recipe(), **how, **agreements.get(fit.task, {})} for fit in plan.added}
     experts = {task: entry for task, entry in old.get("experts", {}).items() if task not in config.remove}
     change = {"retex": version, "removed": list(config.remove), "added": sorted(added)}

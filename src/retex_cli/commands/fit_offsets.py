@@ -10,6 +10,7 @@ from torch import Tensor
 
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.guard import Guard
@@ -42,8 +43,9 @@ class FitOffsetsConfig:
     (share of held-out inputs, the last quarter of each task's ``inputs``, on which the recovered expert gives the
     expert's own answer; the smallest budget that does it) is given. With none it is a budget of 0.25%, or with
     ``lossless`` what makes offsets and correction smallest together. ``model`` and ``batch_size`` say how inputs are
-    run. ``refine`` trains the offsets on the first of each task's ``inputs``, with ``seed``. ``add`` (task ->
-    reference) and ``remove`` change the file ``output`` instead of making it: see ``change_offsets``.
+    run. ``refine`` trains the offsets on the first of each task's ``inputs``, with ``seed``. ``without`` names parts
+    that are left out: see ``fit_parts``. ``add`` (task -> reference) and ``remove`` change the file ``output`` instead
+    of making it: see ``change_offsets``.
     """
 
     merged: str
@@ -63,6 +65,7 @@ class FitOffsetsConfig:
     model: str | None = None
     batch_size: int = 32
     refine: bool = False
+    without: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -90,6 +93,7 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
     """Open everything by its headers and match every expert to the merged checkpoint."""
     if not config.experts:
         raise UsageError("no experts to fit offsets for", "give --expert NAME=REF, or [tasks.NAME] in retex.toml")
+    check_parts(config.without, refine=config.refine)
     merged = open_checkpoint(config.merged)
     tasks = match_experts(config.experts, merged, config.base, config.wish)
     inputs = [*merged.files, *(file for fit in tasks for file in fit.expert.files)]
@@ -114,10 +118,12 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
         judge = Judge.of(
             config.target, plan.tasks, plan.held_out, merged, device, config.model, config.batch_size, threads
         )
-        refiner = Refiner.of(plan.tasks, plan.refine, merged, device, config.model, config.seed, threads)
-        together = config.total_budget is not None
-        guard = None if judge else Guard.of(plan.tasks, plan.refine, merged, device, config.model, threads, progress)
-        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard)
+        without, together = frozenset(config.without), config.total_budget is not None
+        refiner = Refiner.of(plan.tasks, plan.refine, merged, device, config.model, config.seed, threads, without)
+        compares = judge is None and "compare" not in without
+        among = (plan.tasks, plan.refine, merged, device, config.model, threads, progress, without)
+        guard = Guard.of(*among) if compares else None
+        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard, without)
         for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -159,4 +165,5 @@ def _recipe(plan: FitOffsetsPlan, progress: Progress) -> dict[str, object]:
         **source_of_base(plan.tasks, config.base),
         **inputs_recipe(plan.held_out, config.model),
         **refine_recipe(plan.refine, config.model, config.seed),
+        **parts_recipe(config.without),
     }

@@ -29,7 +29,7 @@ from retex_cli.io.scratch import Scratch
 from retex_cli.offsets import lossless
 from retex_cli.offsets.batchnorm import EPSILON, folded, norms, weights
 from retex_cli.offsets.domain import to_domain
-from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
+from retex_cli.offsets.fit import LEAD, BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.pieces import from_tensors, to_tensors
 from retex_cli.offsets.shares import share_again, share_out
@@ -78,7 +78,7 @@ class Fitting:
 
     ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
     to be reached. ``refiner``: what trains the offsets on inputs, if anything does. ``guard``: what compares answers
-    before anything is kept.
+    before anything is kept. ``without``: see ``fit_parts``.
     """
 
     merged: Checkpoint
@@ -90,6 +90,7 @@ class Fitting:
     judge: Judge | None = None
     refiner: Refiner | None = None
     guard: Guard | None = None
+    without: frozenset[str] = frozenset()
 
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
@@ -151,7 +152,7 @@ class Fitting:
         while looking:
             shares = share_out([fitter.candidates() for fitter in fitters], least, budget)
             looking = self._give(fits, fitters, shares)
-        if self.refiner is not None:
+        if self.refiner is not None and "shares" not in self.without:
             distances = [self.refiner.distance(fit, fitter) for fit, fitter in zip(fits, fitters, strict=True)]
             self._give(fits, fitters, share_again(shares, distances, least, budget))
         return prepared
@@ -177,7 +178,8 @@ class Fitting:
         if fit.lossless:  # what counts is how small the errors are
             fitter = OffsetFitter(layout, fit.budget, lead=0.0)
         else:
-            fitter = OffsetFitter(layout, fit.budget, weights(layout))
+            lead = 0.0 if "lead" in self.without else LEAD
+            fitter = OffsetFitter(layout, fit.budget, weights(layout), lead)
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         digests, noises = {}, {}

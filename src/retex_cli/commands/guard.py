@@ -87,19 +87,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Guard:
-    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway."""
+    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway; ``by_effect``: whether
+    networks that normalise nothing are also fitted by the effect on answers."""
 
     models: ExpertModels
     merged: Checkpoint
     threads: int
     inputs: Mapping[str, Sequence[Example]]
+    by_effect: bool = True
     _refused: list[RetexError] = field(default_factory=list)
     _doubted: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
-        model: str | None, threads: int, progress: Progress,
+        model: str | None, threads: int, progress: Progress, without: frozenset[str] = frozenset(),
     ) -> Guard | None:  # fmt: skip
         """The guard of these experts, with the inputs that they are refined on; None where what is recovered is exact,
         and, said in a note, where there is no network to run."""
@@ -111,7 +113,7 @@ class Guard:
             return None
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
         inputs = {task: each.rows for task, each in refine.items()}
-        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs)
+        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs, "effects" not in without)
 
     def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, progress: Progress) -> Choice | None:
         """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
@@ -199,7 +201,7 @@ class _Trial:
         guard.models.load_expert(self._network, fit.task)
         self._wanted = self._answers()
         steady = normalises(self._network.module)
-        self._ways = [weights] if steady else [weights, self._by_effect(weights)]
+        self._ways = [weights] if steady or not guard.by_effect else [weights, self._by_effect(weights)]
         made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
         self._doubt = NEAREST if given else made
         self._searches = bool(given)

@@ -83,28 +83,30 @@ def refine_recipe(inputs: Mapping[str, RefineInputs], model: str | None, seed: i
 
 @dataclass(frozen=True)
 class Refiner:
-    """Re-estimates BatchNorm and distils each expert into the offsets that a fitter keeps, within its budget."""
+    """Re-estimates BatchNorm and distils each expert into the offsets that a fitter keeps, within its budget;
+    ``without`` some of it: see ``fit_parts``."""
 
     models: ExpertModels
     inputs: Mapping[str, RefineInputs]
     merged: Checkpoint
     seed: int
     threads: int
+    without: frozenset[str]
 
     @classmethod
     def of(
         cls, fits: Sequence[TaskFit], inputs: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
-        model: str | None, seed: int, threads: int,
+        model: str | None, seed: int, threads: int, without: frozenset[str] = frozenset(),
     ) -> Refiner | None:  # fmt: skip
         """The refiner of these experts; None where there are no inputs to look at."""
         if not inputs:
             return None
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
-        return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads)
+        return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads, without)
 
     def work(self, task: str) -> int:
         """Steps of progress that refining a task advances by."""
-        return SLOW * self._schedule(task).steps
+        return 0 if "training" in self.without else SLOW * self._schedule(task).steps
 
     def _schedule(self, task: str) -> Schedule:
         return TEXTS if self.inputs[task].rows[0].text is not None else OTHERS
@@ -121,6 +123,8 @@ class Refiner:
         teacher, network = self._networks(fit)
         try:
             self._settle_batchnorm(fit, fitter, network, rows)
+            if "training" in self.without:
+                return fitter.finish()
             fitter.budget, budget = int(SHARE * fitter.budget), fitter.budget
             try:
                 kept = fitter.components()
@@ -174,7 +178,7 @@ class Refiner:
 
     def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""
-        layers = batchnorm_layers(network.module)
+        layers = {} if "statistics" in self.without else batchnorm_layers(network.module)
         theirs = fit.alignment.shared
         names = {name: network.own_name(file) for name, file in theirs.items()}
         own = {
