@@ -29,3 +29,19 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+class Part:
+    """Progress of a part of a longer job, one step of which counts ``weight`` there."""
+
+    def __init__(self, progress: Progress, weight: int) -> None:
+        self._progress, self._weight = progress, weight
+
+    def start(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(self._weight * steps)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)

@@ -95,8 +95,8 @@ class Fitting:
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
         of reach."""
-        training = 0 if self.refiner is None else sum(self.refiner.work(fit.task) for fit in fits)
-        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)) + training)
+        networks = [part.work(fit.task) for part in (self.refiner, self.guard) if part is not None for fit in fits]
+        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)) + sum(networks))
         self._code_all(fits)
         for fit in fits:
             yield self._task(fit)

@@ -19,7 +19,7 @@ from torch import Tensor
 from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.offsets_file import layout_of
 from retex_cli.commands.refine import RefineInputs
-from retex_cli.commands.task_fit import TaskFit
+from retex_cli.commands.task_fit import SLOW, TaskFit
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
@@ -27,13 +27,15 @@ from retex_cli.models.batchnorm import batchnorm_layers
 from retex_cli.models.compare import apart
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects, normalises
+from retex_cli.models.matched import GROUP, STEPS, matched
 from retex_cli.models.passes import run
-from retex_cli.models.probes import probes
+from retex_cli.models.probes import PROBES, probes
 from retex_cli.models.processor import Inputs
+from retex_cli.offsets.batchnorm import norms
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import Shape, decode
-from retex_cli.progress import Progress, Silent
+from retex_cli.progress import Part, Progress, Silent
 
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Budgets that a fit is measured against, as shares of the fp32 bytes of the tensors that have offsets."""
@@ -115,6 +117,11 @@ class Guard:
         inputs = {task: each.rows for task, each in refine.items()}
         return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs, "effects" not in without)
 
+    def work(self, task: str) -> int:
+        """Steps of progress that looking at a task's network advances by, if it can be run."""
+        moves = task not in self.inputs and norms(layout_of(self.merged))
+        return SLOW * STEPS * -(-PROBES // GROUP) if moves else 0
+
     def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, progress: Progress) -> Choice | None:
         """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
 
@@ -124,7 +131,7 @@ class Guard:
         if self._refused:
             return None
         try:
-            trial = _Trial(self, fit, first.weights)
+            trial = _Trial(self, fit, first.weights, progress)
         except RetexError as error:
             self._refused.append(error)
             _only_weights(progress, error.message)
@@ -132,7 +139,7 @@ class Guard:
         if trial.doubtful and not self._doubted:
             self._doubted.append(fit.task)
             progress.note(
-                "inputs made without data say little of networks with BatchNorm, where more offsets may still answer "
+                "no inputs could be made that fit the network's BatchNorm statistics, so more offsets may still answer "
                 "worse than fewer: --refine compares them on the tasks' inputs"
             )
         found = trial.choose(first, fresh)
@@ -181,6 +188,11 @@ class _Doubt:
     errors: float
 
 
+MATCHED = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
+"""On inputs whose BatchNorm statistics are the expert's own: what is surely nearer is taken."""
+MADE = _Doubt(smaller=SURE, merged=SURE, errors=CLEAR)
+MADE_UNSTEADY = _Doubt(smaller=UNSURE, merged=1 / SURE, errors=CLEAR)
+"""Where nothing is normalised."""
 NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
 """On inputs of the task: what is nearer by chance is a smaller file to the bit, so not worse than that one."""
 
@@ -188,24 +200,29 @@ NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
 class _Trial:
     """One task's network on some inputs, and the expert's own answers to them."""
 
-    def __init__(self, guard: Guard, fit: TaskFit, weights: Mapping[str, float]) -> None:
+    def __init__(self, guard: Guard, fit: TaskFit, weights: Mapping[str, float], progress: Progress) -> None:
         size = sum(info.numel for info in fit.expert.tensors.values())
         if size > LARGEST:
             raise RetexError(f"{fit.expert.reference}: {size:,} parameters are too many to run beside a fit")
         self._guard, self._fit = guard, fit
         self._network = guard.models.network(fit.task)
-        given = guard.inputs.get(fit.task)
-        self._examples = given or probes(self._network)
+        guard.models.load_expert(self._network, fit.task)
+        steady = normalises(self._network.module)
+        self._examples, self._doubt = self._asked(steady, progress)
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
-        guard.models.load_expert(self._network, fit.task)
         self._wanted = self._answers()
-        steady = normalises(self._network.module)
         self._ways = [weights] if steady or not guard.by_effect else [weights, self._by_effect(weights)]
-        made = _Doubt(SURE, SURE, CLEAR) if steady else _Doubt(UNSURE, 1 / SURE, CLEAR)
-        self._doubt = NEAREST if given else made
-        self._searches = bool(given)
-        self.doubtful = not given and bool(batchnorm_layers(self._network.module))
+        self.doubtful = self._doubt is MADE and bool(batchnorm_layers(self._network.module))
+
+    def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Example], _Doubt]:
+        """What the network, which holds the expert, is asked, and how far its answers are believed."""
+        if given := self._guard.inputs.get(self._fit.task):
+            return given, NEAREST
+        made = probes(self._network)
+        if made and (fitting := matched(self._network, made, self._guard.threads, Part(progress, SLOW))):
+            return fitting, MATCHED
+        return made, MADE if steady else MADE_UNSTEADY
 
     def choose(self, first: Fit, fresh: Fresh) -> Choice:
         """See ``Guard.choose``."""
@@ -217,17 +234,20 @@ class _Trial:
         def made(budget: int, ways: Sequence[Mapping[str, float]]) -> list[_Tried]:
             return [self._tried(fresh(budget, weights), budget) for weights in ways]
 
+        def gives_way(to: _Tried) -> bool:
+            return kept.worse(to, doubt.smaller if to.budget else doubt.merged, doubt.errors)
+
         try:
             kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
             for rung in _rungs(layout, whole):
                 smaller = min(made(rung, self._ways), key=_mean)
-                if kept.worse(smaller, doubt.smaller, doubt.errors):
+                if gives_way(smaller):
                     kept = smaller
-                elif not self._searches and kept.budget == whole and not kept.worse(merged, doubt.merged, doubt.errors):
+                elif doubt is not NEAREST and kept.budget == whole and not gives_way(merged):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
-        kept = merged if kept.worse(merged, doubt.merged, doubt.errors) else kept
+        kept = merged if gives_way(merged) else kept
         return Choice(kept.data, kept.budget, len(self._examples), kept.mean, untouched, merged.mean)
 
     def _by_effect(self, weights: Mapping[str, float]) -> dict[str, float]:

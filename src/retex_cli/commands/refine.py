@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from retex_cli.commands.expert_models import ExpertModels, read_inputs
 from retex_cli.commands.offsets_file import layout_of
-from retex_cli.commands.task_fit import TaskFit, Wish
+from retex_cli.commands.task_fit import SLOW, TaskFit, Wish
 from retex_cli.errors import UsageError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.digests import sha256_path
@@ -28,7 +28,7 @@ from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.trainable import Trainable
-from retex_cli.progress import Progress, Silent
+from retex_cli.progress import Part, Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
@@ -39,8 +39,6 @@ MEASURED = 0.75
 """How much measured statistics count beside the expert's own: those of a network that is far off are partly errors."""
 SHARE = 0.99
 """Of the budget that is used before training, which moves entropies a little."""
-SLOW = 30
-"""A step of training takes about as long as so many steps of a fit without it."""
 BATCH = 64
 """Inputs that BatchNorm's statistics are measured on at a time."""
 
@@ -140,7 +138,7 @@ class Refiner:
         learner = _Learner(trainable, names, student)
         distil(
             teacher, network, student, learner, rows, schedule,
-            seed=self.seed, threads=self.threads, progress=_Slow(progress),
+            seed=self.seed, threads=self.threads, progress=Part(progress, SLOW),
         )  # fmt: skip
         found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
         return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)
@@ -230,22 +228,6 @@ def _answers(network: Network, batches: Sequence[Inputs]) -> Tensor:
     """Of all inputs, on the CPU."""
     with network.inference():
         return torch.cat([answer_of(network.module(**inputs)).float().cpu() for inputs in batches])
-
-
-class _Slow:
-    """Progress of a training, as a part of a longer job."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def start(self, label: str, total: int) -> None:
-        pass
-
-    def advance(self, steps: int = 1) -> None:
-        self._progress.advance(SLOW * steps)
-
-    def note(self, text: str) -> None:
-        self._progress.note(text)
 
 
 class _Learner:
