@@ -106,7 +106,7 @@ class _Seen:
         self._run.given = []
 
     def distance(self) -> Tensor:
-        """Squared differences of means by the variance, and of logarithms of variances; mean over channels and layers."""
+        """Squared differences of means by the variance, and of variances' logarithms; mean over channels and layers."""
         return torch.stack([_apart(layer, given) for layer, given in self._run.given]).mean()
 
     def remove(self) -> None:
