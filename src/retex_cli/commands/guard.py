@@ -2,8 +2,8 @@
 
 A bigger file is never worse than a smaller one, and none is worse than the merged checkpoint: the energy of weights
 alone cannot promise that. So the answers to some inputs are compared with the expert's own: to those of the task where
-a fit reads them anyway, else to inputs that are made without data. A fit that answers clearly worse than a smaller one
-or than merged weights gives way to it. In a network that normalises nothing, where an error in one layer grows through
+a fit reads them anyway, else to inputs that are made without data. A fit that answers worse than a smaller one or than
+merged weights gives way to it. In a network that normalises nothing, where an error in one layer grows through
 all that follow, the budget is shared out by the effect on answers, too, and the better of both is kept.
 """
 
@@ -47,8 +47,8 @@ UNSURE = 1.5
 """What looks that much better with fewer offsets on inputs made without data need not be so on the task's own."""
 SURE = 3.0
 """How many times nearer is believed of inputs made without data, whatever the network: fewer offsets in one that
-normalises (BatchNorm's statistics do not fit such inputs), any offsets in one that does not (there a network half way
-may be the worse for it on inputs that look otherwise)."""
+normalises, any offsets in one that does not (there a network half way may be the worse for it on inputs that look
+otherwise). Inputs that BatchNorm's statistics were matched by are believed as they are."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 LARGEST = 1_500_000_000
