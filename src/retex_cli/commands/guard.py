@@ -181,7 +181,7 @@ class _Tried:
 @dataclass(frozen=True)
 class _Doubt:
     """How much worse than a ``smaller`` fit, and than ``merged`` weights alone, a fit has to be to give way to them: as
-    factors of its distance, beyond ``errors`` standard errors."""
+    factors of its distance, beyond ``errors`` standard errors. Where these are negative it has to be surely better."""
 
     smaller: float
     merged: float
@@ -193,8 +193,8 @@ MATCHED = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
 MADE = _Doubt(smaller=SURE, merged=SURE, errors=CLEAR)
 MADE_UNSTEADY = _Doubt(smaller=UNSURE, merged=1 / SURE, errors=CLEAR)
 """Where nothing is normalised."""
-NEAREST = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
-"""On inputs of the task: what is nearer by chance is a smaller file to the bit, so not worse than that one."""
+OWN = _Doubt(smaller=1.0, merged=1.0, errors=-CLEAR)
+"""On inputs of the task more offsets have to be surely nearer: fewer are a smaller file to the bit, so not worse."""
 
 
 class _Trial:
@@ -218,7 +218,7 @@ class _Trial:
     def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Example], _Doubt]:
         """What the network, which holds the expert, is asked, and how far its answers are believed."""
         if given := self._guard.inputs.get(self._fit.task):
-            return given, NEAREST
+            return given, OWN
         made = probes(self._network)
         if made and (fitting := matched(self._network, made, self._guard.threads, Part(progress, SLOW))):
             return fitting, MATCHED
@@ -243,7 +243,7 @@ class _Trial:
                 smaller = min(made(rung, self._ways), key=_mean)
                 if gives_way(smaller):
                     kept = smaller
-                elif doubt is not NEAREST and kept.budget == whole and not gives_way(merged):
+                elif doubt is not OWN and kept.budget == whole and not gives_way(merged):
                     break  # the ordinary case
         except BudgetTooSmall:
             pass
