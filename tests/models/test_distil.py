@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.distil import REPLACED, Loss, Schedule, _reworded, answer_loss, distil
+from retex_cli.models.distil import REPLACED, Loss, Schedule, _reworded, answer_loss, distil, mixed
 from retex_cli.models.network import Network
 from retex_cli.models.student import Factors, Student
 from retex_cli.progress import Silent
@@ -112,3 +112,15 @@ def test_some_words_of_a_text_are_replaced() -> None:
 def test_what_is_no_text_is_left_alone() -> None:
     given = Example(text=None, label=None, source="1", tensors={"values": torch.zeros(6)}, image=None)
     assert _reworded(given, [], torch.Generator()) is given
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_blended_images_stay_what_they_are(dtype: torch.dtype) -> None:
+    images = (255 * torch.rand(6, 3, 5, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found = mixed({"image": images}, torch.Generator().manual_seed(1))["image"]
+    assert found.dtype == dtype
+    assert torch.equal(found[::2], images[::2])
+    assert all(not torch.equal(ours, theirs) for ours, theirs in zip(found[1::2], images[1::2], strict=True))
+    assert images.min() <= found.min() <= found.max() <= images.max()
+    tokens = {"input_ids": torch.ones(2, 3, 4, dtype=torch.int64)}
+    assert mixed(tokens, torch.Generator()) is tokens

@@ -179,7 +179,8 @@ def _attention(inputs: Inputs, device: torch.device) -> AbstractContextManager[N
 
 
 def mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """Images (and other dense inputs), every other one blended with up to half of another: the inputs are few."""
+    """Images (and other dense inputs), every other one blended with up to half of another: the inputs are few. Bytes
+    stay bytes: a network may bring them to its scale, or take nothing else."""
     dense = {name: x for name, x in inputs.items() if x.ndim >= 3 and (x.is_floating_point() or x.dtype == torch.uint8)}
     if len(dense) != len(inputs):
         return inputs
@@ -189,7 +190,8 @@ def mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     mixed = {}
     for name, x in dense.items():
         of_each = share.view(-1, *(1,) * (x.ndim - 1)).to(x.device)
-        mixed[name] = of_each * x.float() + (1 - of_each) * x.float()[other.to(x.device)]
+        blended = of_each * x.float() + (1 - of_each) * x.float()[other.to(x.device)]
+        mixed[name] = blended if x.is_floating_point() else blended.round().to(x.dtype)
     return mixed
 
 
