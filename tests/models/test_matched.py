@@ -31,6 +31,8 @@ class Own(nn.Module):
             image = image >> 0
         if self.kind == "scaled by type":
             image = image / 255 if image.dtype == torch.uint8 else image
+        if self.kind == "out of reach":
+            image = image.detach()
         x = self.norms[0](self.first(image.float())).relu()
         return self.norms[1](self.second(x)).mean((2, 3))
 
@@ -80,6 +82,6 @@ def test_what_is_made_gets_the_statistics_of_what_was_trained_on(network: Networ
     assert all(parameter.grad is None for parameter in network.module.parameters())
 
 
-@pytest.mark.parametrize("network", ["no BatchNorm", "bytes alone", "scaled by type"], indirect=True)
+@pytest.mark.parametrize("network", ["no BatchNorm", "bytes alone", "scaled by type", "out of reach"], indirect=True)
 def test_nothing_is_moved_that_cannot_be(network: Network) -> None:
     assert matched(network, probes(network), 1, Silent()) == ()

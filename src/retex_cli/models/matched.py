@@ -35,7 +35,7 @@ SAME = 1e-3
 
 def matched(network: Network, examples: Sequence[Example], threads: int, progress: Progress) -> tuple[Example, ...]:
     """``examples`` moved, by the statistics that ``network`` is filled with; none where it keeps none, or where what it
-    reads is no tensor that can be moved. Inputs keep to the range that all of them had.
+    reads is no tensor that can be moved. Entries stay in the range that those of a group have.
 
     The same bits for any number of threads. Advances by ``STEPS`` for every ``GROUP``.
     """
@@ -47,7 +47,10 @@ def matched(network: Network, examples: Sequence[Example], threads: int, progres
     seen = _Seen(layers)
     try:
         groups = [values[first : first + GROUP] for first in range(0, len(values), GROUP)]
-        moved = torch.cat(list(ordered_map(lambda x: _moved(network, name, x, seen, progress), groups, threads)))
+        parts = ordered_map(lambda x: _moved(network, name, x, seen, progress), groups, threads)
+        moved = torch.cat(list(parts)).cpu()
+    except CANNOT:  # no gradient reaches its inputs
+        return ()
     finally:
         seen.remove()
     if not bool(moved.isfinite().all()):
