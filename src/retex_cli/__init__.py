@@ -201,7 +201,7 @@ def fit_offsets(
         model=model,
         batch_size=batch_size,
         refine=refine,
-        without=tuple(without),
+        without=frozenset(without),
         seed=seed,
     )
     if add or remove:

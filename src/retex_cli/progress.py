@@ -32,16 +32,21 @@ class Silent:
 
 
 class Part:
-    """Progress of a part of a longer job, one step of which counts ``weight`` there."""
+    """Progress of a part of a longer job, one of whose ``steps`` counts ``weight`` there."""
 
-    def __init__(self, progress: Progress, weight: int) -> None:
-        self._progress, self._weight = progress, weight
+    def __init__(self, progress: Progress, weight: int, steps: int) -> None:
+        self._progress, self._weight, self._left = progress, weight, steps
 
     def start(self, label: str, total: int) -> None:
         pass
 
     def advance(self, steps: int = 1) -> None:
+        self._left -= steps
         self._progress.advance(self._weight * steps)
+
+    def finish(self) -> None:
+        """Advance by the steps that turned out not to be needed."""
+        self.advance(self._left)
 
     def note(self, text: str) -> None:
         self._progress.note(text)

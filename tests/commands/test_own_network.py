@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -238,6 +239,7 @@ def test_inputs_that_cannot_be_moved_are_doubted_and_that_is_said_once(here: Pat
     fitted = retex("fit-offsets", "-w", here, "--model", "bytes_alone:build", "--budget", "12%", "--json")
     assert fitted.code == 0, fitted.err
     assert fitted.err.count("no inputs could be made that fit the network's BatchNorm statistics") == 1
+    assert re.search(r"fitting 2 tasks: (\d+)/\1 in", fitted.err), "progress ends though a part of it was not run"
     assert all(row["kept"]["inputs"] == 32 for row in fitted.json["tasks"].values())  # type: ignore[attr-defined]
 
 

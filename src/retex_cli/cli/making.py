@@ -294,7 +294,7 @@ def fit_offsets(
         batch_size=batch_size or space.eval.batch_size or 32,
         lossless=lossless,
         refine=refine,
-        without=tuple(dict.fromkeys(without or ())),
+        without=frozenset(without or ()),
         seed=seed,
         base=base or space.base,
         device=device,

@@ -14,13 +14,12 @@ from types import MappingProxyType
 from torch import Tensor
 
 import retex_cli
-from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.agreement import Held, held_out_inputs, inputs_recipe
 from retex_cli.commands.checks import damaged, of_tensor
-from retex_cli.commands.fit_offsets import FitOffsetsConfig, merged_digests
+from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_digests
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
-from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
-from retex_cli.commands.guard import Guard
+from retex_cli.commands.fitting import as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
     FORMAT,
     OffsetsFile,
@@ -32,7 +31,7 @@ from retex_cli.commands.offsets_file import (
     task_record,
     version_of,
 )
-from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
+from retex_cli.commands.refine import RefineInputs, refine_inputs, refine_recipe
 from retex_cli.commands.task_fit import TaskFit, bring, match_experts, source_of_base
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import FORMAT_KEY, VERSION_KEY, Stored, check_artefact, stored_in, write_artefact
@@ -142,15 +141,9 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     device = choose_device(config.device, progress)
     plan.merged.check_merged(merged_digests(merged, threads, progress))
     ours = known([read_files(merged.side_files())])
-    judge = Judge.of(config.target, plan.added, plan.held_out, merged, device, config.model, config.batch_size, threads)
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
     with scratch_beside(config.output, key, device) as scratch:
-        without = frozenset(config.without)
-        refiner = Refiner.of(plan.added, plan.refine, merged, device, config.model, config.seed, threads, without)
-        compares = judge is None and "compare" not in without
-        among = (plan.added, plan.refine, merged, device, config.model, threads, progress, without)
-        guard = Guard.of(*among) if compares else None
-        fitting = Fitting(merged, device, threads, scratch, progress, False, judge, refiner, guard, without)
+        fitting = fitting_of(config, plan.added, plan.held_out, plan.refine, merged, device, threads, scratch, progress)
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 import retex_cli
@@ -30,6 +31,7 @@ from retex_cli.errors import UsageError
 from retex_cli.io.artefact import Stored, check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.io.provenance import checkpoint_digests
+from retex_cli.io.scratch import Scratch
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
@@ -65,7 +67,7 @@ class FitOffsetsConfig:
     model: str | None = None
     batch_size: int = 32
     refine: bool = False
-    without: tuple[str, ...] = ()
+    without: frozenset[str] = frozenset()
     seed: int = 0
 
     @property
@@ -115,15 +117,7 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
     with scratch_beside(config.output, recipe, device) as scratch:
-        judge = Judge.of(
-            config.target, plan.tasks, plan.held_out, merged, device, config.model, config.batch_size, threads
-        )
-        without, together = frozenset(config.without), config.total_budget is not None
-        refiner = Refiner.of(plan.tasks, plan.refine, merged, device, config.model, config.seed, threads, without)
-        compares = judge is None and "compare" not in without
-        among = (plan.tasks, plan.refine, merged, device, config.model, threads, progress, without)
-        guard = Guard.of(*among) if compares else None
-        fitting = Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard, without)
+        fitting = fitting_of(config, plan.tasks, plan.held_out, plan.refine, merged, device, threads, scratch, progress)
         for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -131,7 +125,7 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             checks |= fitted.checks
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
-        if judge is not None:
+        if fitting.judge is not None:
             recipe["agreement"] = {task: row["agreement"] for task, row in rows.items()}
         metadata = {
             **header_of(records, checks),
@@ -142,6 +136,19 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=config.overwrite
         )
     return FitOffsetsReport(config.output, config.wish.words, rows, size)
+
+
+def fitting_of(
+    config: FitOffsetsConfig, fits: Sequence[TaskFit], held_out: Mapping[str, Held], refine: Mapping[str, RefineInputs],
+    merged: Checkpoint, device: torch.device, threads: int, scratch: Scratch, progress: Progress,
+) -> Fitting:  # fmt: skip
+    """How ``fits`` are to be fitted, with all that ``config`` asks for beside a budget."""
+    model, without = config.model, config.without
+    judge = Judge.of(config.target, fits, held_out, merged, device, model, config.batch_size, threads)
+    refiner = Refiner.of(fits, refine, merged, device, model, config.seed, threads, without)
+    guard = None if judge else Guard.of(fits, refine, merged, device, model, threads, progress, without)
+    together = config.total_budget is not None
+    return Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard, without)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:

@@ -36,9 +36,11 @@ from retex_cli.offsets.shares import share_again, share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
 from retex_cli.parallel import ordered_map
-from retex_cli.progress import Progress
+from retex_cli.progress import Part, Progress
 
 CODED = "coded"
+SLOW = 30
+"""A step through a network takes about as long as so many steps of a fit from weights alone."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,14 @@ class Fitting:
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
         of reach."""
-        networks = [part.work(fit.task) for part in (self.refiner, self.guard) if part is not None for fit in fits]
-        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)) + sum(networks))
+        networks = SLOW * sum(self._network_steps(fit) for fit in fits)
+        self.progress.start(f"fitting {len(fits)} tasks", sum(map(_work, fits)) + networks)
         self._code_all(fits)
         for fit in fits:
             yield self._task(fit)
+
+    def _network_steps(self, fit: TaskFit) -> int:
+        return sum(part.work(fit.task) for part in (self.refiner, self.guard) if part is not None)
 
     def _code_all(self, fits: Sequence[TaskFit]) -> None:
         """Every task's coded offsets are put aside; one is coded while the next is prepared."""
@@ -108,7 +113,8 @@ class Fitting:
         for fit in fits:
             if fit not in missing:
                 self.progress.note(f"{fit.task}: coded before the fit was interrupted")
-                self.progress.advance(sum(_steps(fit, name) for name in fit.expert.tensors))
+                steps = sum(_steps(fit, name) for name in fit.expert.tensors)
+                self.progress.advance(steps + SLOW * self._network_steps(fit))
         jobs: Iterable[tuple[TaskFit, _Prepared]] = ((fit, self._prepare(fit)) for fit in missing)
         if self.together and missing:
             prepared = self._shared_budget(fits)
@@ -235,13 +241,15 @@ class Fitting:
             data, fitter.budget = found.data, found.budget
             texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
         else:
+            through_network = Part(self.progress, SLOW, self._network_steps(fit))
             with _budget_in_words(fit):
-                data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, self.progress)
+                data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, through_network)
             if self.guard is not None:
                 first = Fit(data, fitter.budget, fitter.weights)
-                choice = self.guard.choose(fit, first, partial(self._fresh, fit), self.progress)
+                choice = self.guard.choose(fit, first, partial(self._fresh, fit), through_network)
                 if choice is not None:
                     data, texts["kept"] = choice.data, json.dumps(choice.to_json())
+            through_network.finish()
         texts["budget"] = str(fitter.budget)
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
         if not self.together:  # what shares a budget is needed until all of it is coded

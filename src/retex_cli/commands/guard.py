@@ -19,7 +19,7 @@ from torch import Tensor
 from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.offsets_file import layout_of
 from retex_cli.commands.refine import RefineInputs
-from retex_cli.commands.task_fit import SLOW, TaskFit
+from retex_cli.commands.task_fit import TaskFit
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
@@ -35,7 +35,7 @@ from retex_cli.offsets.batchnorm import norms
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import Shape, decode
-from retex_cli.progress import Part, Progress, Silent
+from retex_cli.progress import Progress, Silent
 
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Budgets that a fit is measured against, as shares of the fp32 bytes of the tensors that have offsets."""
@@ -89,14 +89,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Guard:
-    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway; ``by_effect``: whether
-    networks that normalise nothing are also fitted by the effect on answers."""
+    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway; ``without``: see
+    ``fit_parts``."""
 
     models: ExpertModels
     merged: Checkpoint
     threads: int
     inputs: Mapping[str, Sequence[Example]]
-    by_effect: bool = True
+    without: frozenset[str] = frozenset()
     _refused: list[RetexError] = field(default_factory=list)
     _doubted: list[str] = field(default_factory=list)
 
@@ -105,9 +105,9 @@ class Guard:
         cls, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
         model: str | None, threads: int, progress: Progress, without: frozenset[str] = frozenset(),
     ) -> Guard | None:  # fmt: skip
-        """The guard of these experts, with the inputs that they are refined on; None where what is recovered is exact,
-        and, said in a note, where there is no network to run."""
-        if all(fit.lossless for fit in fits):
+        """The guard of these experts, with the inputs that they are refined on; None where nothing is to be compared
+        or what is recovered is exact, and, said in a note, where there is no network to run."""
+        if "compare" in without or all(fit.lossless for fit in fits):
             return None
         bare = [fit for fit in fits if "config.json" not in fit.expert.side_files()]
         if bare:
@@ -115,12 +115,12 @@ class Guard:
             return None
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
         inputs = {task: each.rows for task, each in refine.items()}
-        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs, "effects" not in without)
+        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs, without)
 
     def work(self, task: str) -> int:
-        """Steps of progress that looking at a task's network advances by, if it can be run."""
+        """Steps that making inputs for a task's network takes, if it can be run: see ``matched``."""
         moves = task not in self.inputs and norms(layout_of(self.merged))
-        return SLOW * STEPS * -(-PROBES // GROUP) if moves else 0
+        return STEPS * -(-PROBES // GROUP) if moves else 0
 
     def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, progress: Progress) -> Choice | None:
         """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
@@ -212,7 +212,7 @@ class _Trial:
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
         self._wanted = self._answers()
-        self._ways = [weights] if steady or not guard.by_effect else [weights, self._by_effect(weights)]
+        self._ways = [weights] if steady or "effects" in guard.without else [weights, self._by_effect(weights)]
         self.doubtful = self._doubt is MADE and bool(batchnorm_layers(self._network.module))
 
     def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Example], _Doubt]:
@@ -220,7 +220,7 @@ class _Trial:
         if given := self._guard.inputs.get(self._fit.task):
             return given, OWN
         made = probes(self._network)
-        if made and (fitting := matched(self._network, made, self._guard.threads, Part(progress, SLOW))):
+        if made and (fitting := matched(self._network, made, self._guard.threads, progress)):
             return fitting, MATCHED
         return made, MADE if steady else MADE_UNSTEADY
 

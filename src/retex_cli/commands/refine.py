@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from retex_cli.commands.expert_models import ExpertModels, read_inputs
 from retex_cli.commands.offsets_file import layout_of
-from retex_cli.commands.task_fit import SLOW, TaskFit, Wish
+from retex_cli.commands.task_fit import TaskFit, Wish
 from retex_cli.errors import UsageError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.digests import sha256_path
@@ -28,7 +28,7 @@ from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.trainable import Trainable
-from retex_cli.progress import Part, Progress, Silent
+from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
@@ -103,8 +103,8 @@ class Refiner:
         return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads, without)
 
     def work(self, task: str) -> int:
-        """Steps of progress that refining a task advances by."""
-        return 0 if "training" in self.without else SLOW * self._schedule(task).steps
+        """Steps of a task's training."""
+        return 0 if "training" in self.without else self._schedule(task).steps
 
     def _schedule(self, task: str) -> Schedule:
         return TEXTS if self.inputs[task].rows[0].text is not None else OTHERS
@@ -138,7 +138,7 @@ class Refiner:
         learner = _Learner(trainable, names, student)
         distil(
             teacher, network, student, learner, rows, schedule,
-            seed=self.seed, threads=self.threads, progress=Part(progress, SLOW),
+            seed=self.seed, threads=self.threads, progress=progress,
         )  # fmt: skip
         found = {"refined": fitter.encode_within(trainable.kept()), "as fitted": fitter.finish()}
         return self._best(fit, teacher, {**found, "merged": fitter.encode({})}, progress)

@@ -23,9 +23,6 @@ MOST = "8%"
 LARGEST = "30%"
 """The largest budget that is tried for a target: beyond it a plain copy is the better choice."""
 
-SLOW = 30
-"""A step of a network's training takes about as long as so many steps of a fit from weights alone."""
-
 
 @dataclass(frozen=True)
 class Wish:
