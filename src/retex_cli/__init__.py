@@ -15,7 +15,7 @@ Importing this module imports nothing heavy: torch is loaded by the first call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from retex_cli.errors import GateMissed, RetexError, UsageError
@@ -164,7 +164,7 @@ def fit_offsets(
     model: str | None = None,
     batch_size: int = 32,
     refine: bool = False,
-    without: Sequence[str] = (),
+    without: Collection[str] = frozenset(),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FitOffsetsReport:
