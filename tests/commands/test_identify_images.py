@@ -79,7 +79,7 @@ def test_experts_answer_pictures_by_path_and_by_array(signed: Path, retex: Retex
     replies = experts(["bars/01.png", array, Path("gone.png"), signed / "bars/02.png", "plain/03.png"])
     assert [reply.task for reply in replies] == ["bars", "plain", None, "bars", "plain"]
     assert "inputs[2]: not a readable image" in str(replies[2].error)
-    assert torch.equal(replies[1].logits, replies[4].logits)
+    torch.testing.assert_close(replies[1].logits, replies[4].logits)  # a product's bits depend on the place in a batch
     for k, task, path in ((0, "bars", "bars/01.png"), (4, "plain", "plain/03.png")):
         assert retex("recover", "--task", task, "-o", f"back/{task}/").code == 0
         model = ViTForImageClassification.from_pretrained(f"back/{task}")

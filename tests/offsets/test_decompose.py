@@ -70,7 +70,7 @@ def test_zero_components_are_left_out(rank: int) -> None:
     found = decompose(matrix, 10)
     assert len(found.values) == rank
     assert found.missed == 0, "there is nothing more to look for"
-    torch.testing.assert_close((found.left * found.values) @ found.right, matrix, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close((found.left * found.values) @ found.right, matrix, rtol=0, atol=1e-3)  # of about 2
 
 
 def test_the_same_bits_each_time() -> None:
