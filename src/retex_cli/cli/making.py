@@ -260,10 +260,12 @@ def fit_offsets(
     The offsets from the merged checkpoint to every expert, within a budget of bytes per task. Needs no data, except for
     --target, which compares answers on the last quarter of each task's unlabelled inputs, and for --refine, which lets
     the recovered network learn the expert's features and answers on the first 256 of them and shares --total-budget
-    out by them. What a task has beyond the base (its head, labels, tokenizer) travels in the same file. Where the
-    network can be run, offsets that answer clearly worse than fewer or none are not kept, and a note says so: this
-    compares answers to inputs that are made without data, or to the task's own with --refine. With --lossless
-    recovery gives the expert back bit for bit, checked by SHA-256.
+    out by them. Where a merge lies far to one side of its experts, unlike an average, the way back to their middle is
+    the same for all: it is stored once, its bytes counted in equal shares, or left out where they would not go far.
+    What a task has beyond the base (its head, labels, tokenizer) travels in the same file. Where the network can be
+    run, offsets that answer clearly worse than fewer or none are not kept, and a note says so: this compares answers to
+    inputs that are made without data, or to the task's own with --refine. With --lossless recovery gives the expert
+    back bit for bit, checked by SHA-256.
 
     \b
     retex fit-offsets --budget 0.25%

@@ -16,11 +16,13 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.agreement import Held, held_out_inputs, inputs_recipe
 from retex_cli.commands.checks import damaged, of_tensor
+from retex_cli.commands.common import Common, shared_out
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_digests
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import as_tensor, scratch_beside
 from retex_cli.commands.offsets_file import (
+    COMMON,
     FORMAT,
     OffsetsFile,
     TaskRecord,
@@ -142,8 +144,12 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     plan.merged.check_merged(merged_digests(merged, threads, progress))
     ours = known([read_files(merged.side_files())])
     key = {**recipe, "merged": plan.merged.fingerprint, **source_of_base(plan.added, config.base)}
+    none = config.lossless or "common" in config.without
+    common = Common(b"" if none else plan.merged.common_data, len(records))
     with scratch_beside(config.output, key, device) as scratch:
-        fitting = fitting_of(config, plan.added, plan.held_out, plan.refine, merged, device, threads, scratch, progress)
+        fitting = fitting_of(
+            config, plan.added, plan.held_out, plan.refine, merged, common, device, threads, scratch, progress
+        )
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             new = {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
@@ -152,6 +158,7 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
             checks |= fitted.checks
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
+        rows = shared_out(rows, records, len(common.data))
         agreements = {task: {"agreement": row["agreement"]} for task, row in rows.items() if "agreement" in row}
         size = _write(plan, records, checks, tensors, _recipe(plan, agreements))
     return plan.report_of(rows, size)
@@ -164,7 +171,9 @@ def _write(
     tensors: Mapping[str, Tensor | Stored],
     recipe: Mapping[str, object],
 ) -> int:
-    metadata = {key: text for key, text in plan.file.metadata.items() if key not in (FORMAT_KEY, VERSION_KEY)}
+    gone = {FORMAT_KEY, VERSION_KEY} | (set() if any(record.common for record in records.values()) else {COMMON})
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    metadata = {key: text for key, text in plan.file.metadata.items() if key not in gone}
     metadata |= {**header_of(records, checks), "recipe": json.dumps(recipe, sort_keys=True)}
     return write_artefact(
         plan.config.output, tensors, metadata, format=FORMAT, version=version_of(records), overwrite=True

@@ -184,7 +184,7 @@ def run(plan: EvalPlan, progress: Progress) -> EvalReport:
     report = EvalReport.of(
         answers,
         identifier.tasks if identifier else (),
-        offset_bytes={task: plan.file.task(task).offset_bytes for task in tasks},
+        offset_bytes={task: plan.file.offset_bytes(task) for task in tasks},
         expert_bytes={task: plan.file.task(task).expert_bytes for task in tasks},
         files=_files(config),
         precision="bfloat16 matrix products" if any(n.fast_bf16 for n in bench.models.values()) else "float32",

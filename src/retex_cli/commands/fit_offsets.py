@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from torch import Tensor
 
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
+from retex_cli.commands.common import Common, common_part, shared_out
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
 from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import (
+    COMMON,
     FORMAT,
     TaskRecord,
     digest_rows,
@@ -117,18 +120,28 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
     with scratch_beside(config.output, recipe, device) as scratch:
-        fitting = fitting_of(config, plan.tasks, plan.held_out, plan.refine, merged, device, threads, scratch, progress)
-        for fit, fitted in zip(plan.tasks, fitting.fit(plan.tasks), strict=True):
+        common = _common(plan, device, threads, scratch, progress)
+        fits = common.paid(plan.tasks, together=config.total_budget is not None)
+        fitting = fitting_of(
+            config, fits, plan.held_out, plan.refine, merged, common, device, threads, scratch, progress
+        )
+        for fit, fitted in zip(fits, fitting.fit(fits), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
             tensors |= {f"files/{digest}": as_tensor(content) for digest, content in stored.items()}
             tensors |= fitted.tensors
             checks |= fitted.checks
             records[fit.task] = fitted.record
             rows[fit.task] = fitted_row(fit, fitted, stored)
+        rows = shared_out(rows, records, len(common.data))
+        more = {}
+        if any(record.common for record in records.values()):
+            tensors[COMMON] = as_tensor(common.data)
+            more[COMMON] = hashlib.sha256(common.data).hexdigest()
         if fitting.judge is not None:
             recipe["agreement"] = {task: row["agreement"] for task, row in rows.items()}
         metadata = {
             **header_of(records, checks),
+            **more,
             "merged": fingerprint_of(merged, digests),
             "recipe": json.dumps(recipe, sort_keys=True),
         }
@@ -140,15 +153,25 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
 
 def fitting_of(
     config: FitOffsetsConfig, fits: Sequence[TaskFit], held_out: Mapping[str, Held], refine: Mapping[str, RefineInputs],
-    merged: Checkpoint, device: torch.device, threads: int, scratch: Scratch, progress: Progress,
+    merged: Checkpoint, common: Common, device: torch.device, threads: int, scratch: Scratch, progress: Progress,
 ) -> Fitting:  # fmt: skip
-    """How ``fits`` are to be fitted, with all that ``config`` asks for beside a budget."""
-    model, without = config.model, config.without
-    judge = Judge.of(config.target, fits, held_out, merged, device, model, config.batch_size, threads)
-    refiner = Refiner.of(fits, refine, merged, device, model, config.seed, threads, without)
-    guard = None if judge else Guard.of(fits, refine, merged, device, model, threads, progress, without)
+    """How ``fits`` are to be fitted, with all that ``config`` asks for beside a budget and what they have in common."""
+    model, without, corrected = config.model, config.without, common.over(merged)
+    judge = Judge.of(config.target, fits, held_out, corrected, device, model, config.batch_size, threads)
+    refiner = Refiner.of(fits, refine, corrected, device, model, config.seed, threads, without)
+    guard = None if judge else Guard.of(fits, refine, corrected, device, model, threads, progress, without, merged)
     together = config.total_budget is not None
-    return Fitting(merged, device, threads, scratch, progress, together, judge, refiner, guard, without)
+    parts = (judge, refiner, guard, without, common)
+    return Fitting(corrected, device, threads, scratch, progress, together, *parts)
+
+
+def _common(plan: FitOffsetsPlan, device: torch.device, threads: int, scratch: Scratch, progress: Progress) -> Common:
+    """What the tasks' offsets have in common; not looked for where budgets are an outcome and not given."""
+    config, fits = plan.config, plan.tasks
+    if len(fits) < 2 or config.lossless or config.target is not None or "common" in config.without:
+        return Common(b"", len(fits))
+    together = config.total_budget is not None
+    return common_part(fits, plan.merged, device, threads, scratch, progress, together=together)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from collections.abc import Set
 from retex_cli.errors import UsageError
 
 PARTS = {
+    "common": "what all tasks' offsets have in common, where it is most of them, is coded once or left out",
     "lead": "kept components are lengthened for those that are left out",
     "compare": "answers are compared with those of smaller fits and of merged weights, and worse ones go",
     "effects": "where nothing is normalised, bytes are shared out by effects on answers, too, if that is nearer",

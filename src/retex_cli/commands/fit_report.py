@@ -15,10 +15,10 @@ from retex_cli.commands.task_fit import TaskFit
 class FitOffsetsReport:
     """``{"output", "budget", "bytes", "tasks": {name: {"expert", "budget_bytes", "offset_bytes", "correction_bytes",
     "task_tensor_bytes", "side_file_bytes", "expert_bytes"}}, "removed": [task], "kept": [task]}``; a plan has neither
-    ``bytes`` nor those of offsets, correction and side files. Where a target was to be reached a task has
-    ``agreement``, too: ``{"share", "inputs", "resolution"}``; where answers were compared, ``kept``: see
-    ``guard.Choice``. ``tasks`` are those that were fitted, ``kept`` those
-    that stayed as they were.
+    ``bytes`` nor those of offsets, correction and side files. Offsets and budget count a task's share of what
+    offsets have in common. Where a target was to be reached a task has ``agreement``, too: ``{"share", "inputs",
+    "resolution"}``; where answers were compared, ``kept``: see ``guard.Choice``. ``tasks`` are those that were fitted,
+    ``kept`` those that stayed as they were.
     """
 
     output: str

@@ -16,6 +16,7 @@ from torch import Tensor
 from retex_cli.allocator import give_back_large
 from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
+from retex_cli.commands.common import Common
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.guard import Fit, Guard
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
@@ -38,7 +39,8 @@ from retex_cli.offsets.total import Noise
 from retex_cli.parallel import ordered_map
 from retex_cli.progress import Part, Progress
 
-CODED = "coded"
+CODED = "/coded"
+"""No task's name has a slash."""
 SLOW = 30
 """A step through a network takes about as long as so many steps of a fit from weights alone."""
 
@@ -80,7 +82,8 @@ class Fitting:
 
     ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
     to be reached. ``refiner``: what trains the offsets on inputs, if anything does. ``guard``: what compares answers
-    before anything is kept. ``without``: see ``fit_parts``.
+    before anything is kept. ``without``: see ``fit_parts``. ``common``: what offsets have in common, which
+    ``merged`` then has in it.
     """
 
     merged: Checkpoint
@@ -93,6 +96,7 @@ class Fitting:
     refiner: Refiner | None = None
     guard: Guard | None = None
     without: frozenset[str] = frozenset()
+    common: Common | None = None
 
     def fit(self, fits: Sequence[TaskFit]) -> Iterator[FittedTask]:
         """Task by task. RetexError for NaN in an expert, for a budget that holds nothing and for a target that is out
@@ -135,7 +139,7 @@ class Fitting:
         corrections = self._corrections(fit, data) if fit.lossless else {}
         files = read_files(fit.expert.side_files())
         size = sum(stored.shape[0] for stored in corrections.values())
-        record = _record(fit, data, int(texts["budget"]), size, files, digests)
+        record = _record(fit, data, int(texts["budget"]), size, files, digests, common="common" in texts)
         offsets = {f"offsets/{fit.task}": self.scratch.stored(f"{CODED}/{fit.task}", "data")}
         agreement = Agreement.from_json(json.loads(texts["agreement"])) if "agreement" in texts else None
         own = _task_tensors(fit)
@@ -149,10 +153,11 @@ class Fitting:
         fitters = [each.fitter for each in prepared.values()]
         least, budget = [fitter.least() for fitter in fitters], fits[0].budget
         if sum(least) > budget:
+            needed = sum(least) + fits[0].common_bytes
             raise RetexError(
-                f"the budget {fits[0].asked!r} is {budget:,} bytes; the least that holds anything of every task is "
-                f"{sum(least):,} bytes",
-                f"give --total-budget {sum(least)} or more",
+                f"the budget {fits[0].asked!r} is {budget + fits[0].common_bytes:,} bytes; the least that holds "
+                f"anything of every task is {needed:,} bytes",
+                f"give --total-budget {needed} or more",
             )
         looking = True
         while looking:
@@ -234,7 +239,7 @@ class Fitting:
 
     def _code(self, fit: TaskFit, prepared: _Prepared) -> None:
         """Coded offsets, their budget in bytes and the SHA-256 of every tensor of the expert, put aside."""
-        fitter = prepared.fitter
+        fitter, alone = prepared.fitter, False
         texts = {"digests": json.dumps(prepared.digests)}
         if self.judge is not None:
             found = reach(fit, fitter, self.judge)
@@ -249,8 +254,11 @@ class Fitting:
                 choice = self.guard.choose(fit, first, partial(self._fresh, fit), through_network)
                 if choice is not None:
                     data, texts["kept"] = choice.data, json.dumps(choice.to_json())
+                    alone = not choice.budget
             through_network.finish()
         texts["budget"] = str(fitter.budget)
+        if self.common and self.common.data and not alone:
+            texts["common"] = "used"
         self.scratch.put(f"{CODED}/{fit.task}", {"data": as_tensor(data)}, texts)
         if not self.together:  # what shares a budget is needed until all of it is coded
             self.scratch.drop(f"{fit.task}/")
@@ -281,7 +289,9 @@ class Fitting:
         shared = fit.shared_part(ours, tensor)
         noisy = fit.asked == SMALLEST
         delta = to_domain(ours, shared.to(self.device, copy=noisy))  # float32 weights are not needed twice
-        delta -= to_domain(ours, self.merged.read(ours).to(self.device))
+        middle = self.common.middle if self.common and delta.ndim > 1 else None
+        start = middle(ours) if middle else self.merged.read(ours)
+        delta -= to_domain(ours, start.to(self.device))
         if not math.isfinite(float(delta.sum())) and not bool(
             delta.isfinite().all()
         ):  # a sum takes a third of the time
@@ -344,10 +354,11 @@ def _budget_in_words(fit: TaskFit) -> Iterator[None]:
     try:
         yield
     except BudgetTooSmall as error:
+        needed = error.minimum + fit.common_bytes
         raise RetexError(
-            f"the budget {fit.asked!r} is {fit.budget:,} bytes for task {fit.task!r}; the least that holds "
-            f"anything is {error.minimum:,} bytes",
-            f"give --budget {error.minimum} or more",
+            f"the budget {fit.asked!r} is {fit.budget + fit.common_bytes:,} bytes for task {fit.task!r}; the least "
+            f"that holds anything is {needed:,} bytes",
+            f"give --budget {needed} or more",
         ) from error
 
 
@@ -371,8 +382,9 @@ def _extra_rows(fit: TaskFit, name: str, expert_name: str) -> Stored:
 
 
 def _record(
-    fit: TaskFit, data: bytes, budget: int, correction: int, files: Mapping[str, bytes], digests: Mapping[str, bytes]
-) -> TaskRecord:
+    fit: TaskFit, data: bytes, budget: int, correction: int, files: Mapping[str, bytes], digests: Mapping[str, bytes],
+    *, common: bool,
+) -> TaskRecord:  # fmt: skip
     infos = fit.expert.tensors
     dtype, dtypes = usual_dtype({name: infos[name].dtype for name in fit.alignment.shared.values()})
     return TaskRecord(
@@ -391,4 +403,5 @@ def _record(
         rows=fit.alignment.rows,
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         correction_bytes=correction,
+        common=common,
     )

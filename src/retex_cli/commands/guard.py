@@ -89,11 +89,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Guard:
-    """Chooses what to keep of every fit. ``inputs``: tasks' own, where they are read anyway; ``without``: see
-    ``fit_parts``."""
+    """Chooses what to keep of every fit to ``merged``. ``alone``: the merged weights that no fit may be worse than;
+    those of ``merged`` have in them what offsets have in common. ``inputs``: tasks' own, where they are read anyway;
+    ``without``: see ``fit_parts``."""
 
     models: ExpertModels
     merged: Checkpoint
+    alone: Checkpoint
     threads: int
     inputs: Mapping[str, Sequence[Example]]
     without: frozenset[str] = frozenset()
@@ -104,6 +106,7 @@ class Guard:
     def of(
         cls, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
         model: str | None, threads: int, progress: Progress, without: frozenset[str] = frozenset(),
+        alone: Checkpoint | None = None,
     ) -> Guard | None:  # fmt: skip
         """The guard of these experts, with the inputs that they are refined on; None where nothing is to be compared
         or what is recovered is exact, and, said in a note, where there is no network to run."""
@@ -115,7 +118,7 @@ class Guard:
             return None
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
         inputs = {task: each.rows for task, each in refine.items()}
-        return cls(ExpertModels(experts, alignments, device, model), merged, threads, inputs, without)
+        return cls(ExpertModels(experts, alignments, device, model), merged, alone or merged, threads, inputs, without)
 
     def work(self, task: str) -> int:
         """Steps that making inputs for a task's network takes, if it can be run: see ``matched``."""
@@ -227,7 +230,7 @@ class _Trial:
     def choose(self, first: Fit, fresh: Fresh) -> Choice:
         """See ``Guard.choose``."""
         layout, whole = layout_of(self._guard.merged), first.budget
-        merged = self._tried(OffsetFitter(layout, 0).encode({}), 0)
+        merged = self._tried(OffsetFitter(layout, 0).encode({}), 0, self._guard.alone)
         kept, doubt = self._tried(first.data, whole), self._doubt
         untouched = kept.mean
 
@@ -258,9 +261,9 @@ class _Trial:
         known = {ours[name]: math.sqrt(effect) for name, effect in found.items() if name in ours}
         return {name: weight * weights.get(name, 1.0) for name, weight in known.items()}
 
-    def _tried(self, data: bytes, budget: int) -> _Tried:
+    def _tried(self, data: bytes, budget: int, merged: Checkpoint | None = None) -> _Tried:
         """The expert that these offsets recover, asked."""
-        task, merged = self._fit.task, self._guard.merged
+        task, merged = self._fit.task, merged or self._guard.merged
         predictor = Predictor({task: decode(data, layout_of(merged))})
         own = self._network.module.state_dict()
         for name, theirs in self._fit.alignment.shared.items():

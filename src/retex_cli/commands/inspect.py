@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,12 +194,13 @@ def _row(group: Group) -> tuple[str, ...]:
     return (group.name, str(group.tensors), shapes, " ".join(group.dtypes), f"{group.nbytes:,}")
 
 
-def _tasks(kind: str, infos: Iterable[TensorInfo], metadata: dict[str, str]) -> dict[str, dict[str, object]]:
+def _tasks(kind: str, infos: Sequence[TensorInfo], metadata: dict[str, str]) -> dict[str, dict[str, object]]:
     """Per task of one of our artefacts: bytes by kind, and from the header whose expert it is."""
     if kind not in ("retex.offsets", "retex.signatures"):
         return {}
     records = _object(metadata.pop("tasks", None))
     metadata.pop("checks", None)
+    metadata.pop("common", None)
     tasks: dict[str, dict[str, object]] = {task: {} for task in sorted(records)}
     for info in infos:
         section, _, rest = info.name.partition("/")
@@ -210,8 +211,11 @@ def _tasks(kind: str, infos: Iterable[TensorInfo], metadata: dict[str, str]) -> 
         if column and rest:
             row = tasks.setdefault(task, {})
             row[column] = int(str(row.get(column, 0))) + info.nbytes
+    common = sum(info.nbytes for info in infos if info.name == "common")
     for task, record in records.items():
         fields = record if isinstance(record, dict) else {}
+        if fields.get("common"):
+            tasks[task]["in common"] = common
         known = {"budget": "budget_bytes", "expert size": "expert_bytes", "expert": "expert", "revision": "revision"}
         tasks[task].update({column: fields[key] for column, key in known.items() if fields.get(key) is not None})
     return tasks

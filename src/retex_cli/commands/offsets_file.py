@@ -2,9 +2,9 @@
 
 Tensors of the file: ``offsets/TASK`` the coded offsets (bytes), ``tensors/TASK/NAME`` task tensors verbatim,
 ``rows/TASK/NAME`` the rows that the expert has beyond the merged checkpoint's, ``exact/TASK/NAME`` what a lossless
-task's prediction lacks, ``files/SHA256`` side files that the
-merged folder does not have, ``digests`` the start of the SHA-256 of every merged tensor. The header holds the rest;
-``docs/format.md`` is its contract.
+task's prediction lacks, ``common`` the coded offsets that several tasks have in common, ``files/SHA256`` side files
+that the merged folder does not have, ``digests`` the start of the SHA-256 of every merged tensor. The header holds the
+rest; ``docs/format.md`` is its contract.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -33,12 +33,14 @@ from retex_cli.io.writer import TensorSpec
 from retex_cli.offsets.blocks import columns_of, spans
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import prediction
-from retex_cli.offsets.predict import Embedding, Offset, Predictor
+from retex_cli.offsets.predict import Embedding, Offset, Predictor, Together
 from retex_cli.offsets.stream import Factors, Shape, decode
 
 FORMAT = "retex.offsets"
-PLAIN, LOSSLESS = 1, 2
-"""Versions: a file without any lossless task is the first, so that it can be read by what knows no other."""
+PLAIN, LOSSLESS, SHARING = 1, 2, 3
+"""Versions: a file has the first that knows all that is in it, so that it can be read by what knows no later one."""
+COMMON = "common"
+"""Tensor and header entry of what several tasks have in common."""
 
 Layout = list[tuple[str, Shape]]
 
@@ -56,7 +58,7 @@ class TaskRecord:
     the expert does not have. ``dtype``: the expert's usual element type, ``dtypes`` the exceptions by expert name.
     ``rows``: merged name -> rows in common, where the expert has more. ``files``: side file -> SHA-256.
     ``fingerprint`` is the expert's, ``checksum`` the SHA-256 of the coded offsets. ``correction_bytes``: what makes a
-    lossless task's expert exact; 0 for any other.
+    lossless task's expert exact; 0 for any other. ``common``: whether the file's common part belongs to its offsets.
     """
 
     expert: str
@@ -74,6 +76,7 @@ class TaskRecord:
     rows: Mapping[str, int]
     files: Mapping[str, str]
     correction_bytes: int = 0
+    common: bool = False
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> TaskRecord:
@@ -125,7 +128,7 @@ class Header:
 
 def open_offsets(path: str) -> tuple[Checkpoint, Header]:
     """An offsets artefact by its header. RetexError for any other file and for a header damaged as a whole."""
-    file = open_artefact(path, format=FORMAT, versions={PLAIN, LOSSLESS})
+    file = open_artefact(path, format=FORMAT, versions={PLAIN, LOSSLESS, SHARING})
     try:
         entries = json.loads(file.metadata["tasks"])
         found = json.loads(file.metadata.get(checks.KEY, "{}"))
@@ -233,12 +236,42 @@ class OffsetsFile:
             data = self.file.read(f"offsets/{task}").numpy().tobytes()
             if hashlib.sha256(data).hexdigest() != record.checksum:
                 raise CorruptOffsets("its SHA-256 is not the one in the header")
-            return decode(data, layout_of(self.merged))
+            own = decode(data, layout_of(self.merged))
         except CorruptOffsets as error:
             raise RetexError(
                 f"{self.path}: the offsets of task {task!r} are damaged: {error}",
                 "other tasks can still be recovered; get the file again for this one",
             ) from error
+        return Together(self._common, own) if record.common else own
+
+    @cached_property
+    def common_data(self) -> bytes:
+        """Coded offsets that several tasks have in common; empty where they have none. RetexError for damage."""
+        if not any(record.common for record in self.tasks.values()):
+            return b""
+        data = self.file.read(COMMON).numpy().tobytes() if COMMON in self.file.tensors else b""
+        if hashlib.sha256(data).hexdigest() != self.file.metadata.get(COMMON):
+            raise self._common_damaged("they are not there" if not data else "their SHA-256 is not the header's")
+        return data
+
+    @cached_property
+    def _common(self) -> Mapping[str, Factors]:
+        """``common_data`` decoded."""
+        try:
+            return decode(self.common_data, layout_of(self.merged))
+        except CorruptOffsets as error:
+            raise self._common_damaged(str(error)) from error
+
+    def _common_damaged(self, why: str) -> RetexError:
+        return RetexError(
+            f"{self.path}: the offsets that its tasks have in common are damaged: {why}", "get the file again"
+        )
+
+    def offset_bytes(self, task: str) -> int:
+        """Bytes of a task's coded offsets, with an equal share of what it has in common with others."""
+        record = self.task(task)
+        users = sum(other.common for other in self.tasks.values())
+        return record.offset_bytes + (-(-self.file.tensors[COMMON].nbytes // users) if record.common else 0)
 
     def rows(self, task: str, merged_name: str) -> int:
         """How many rows the expert of ``task`` has beyond the merged tensor's; 0 for most."""
@@ -378,14 +411,17 @@ def header_of(records: Mapping[str, TaskRecord], own: Mapping[str, str]) -> dict
     """The header entries of these tasks; ``own``: digests of their own tensors, by name in the file."""
     entries = {task: asdict(records[task]) for task in sorted(records)}
     for entry in entries.values():
-        if not entry["correction_bytes"]:  # unknown to readers of the first version
-            del entry["correction_bytes"]
+        for later in ("correction_bytes", "common"):  # unknown to readers of earlier versions
+            if not entry[later]:
+                del entry[later]
     found = {**{task: checks.of_record(entry) for task, entry in entries.items()}, **own}
     return {"tasks": json.dumps(entries, separators=(",", ":")), checks.KEY: json.dumps(found, sort_keys=True)}
 
 
 def version_of(records: Mapping[str, TaskRecord]) -> int:
     """The version of a file with these tasks."""
+    if any(record.common for record in records.values()):
+        return SHARING
     return LOSSLESS if any(record.correction_bytes for record in records.values()) else PLAIN
 
 

@@ -67,7 +67,7 @@ class Wish:
 @dataclass(frozen=True)
 class TaskFit:
     """One expert and how its tensors lie over the merged ones; ``asked`` is the wish in words, ``budget`` in bytes, a
-    limit only where the fit is to choose it."""
+    limit only where the fit is to choose it. ``common_bytes``: what the part that tasks have in common took of it."""
 
     task: str
     expert: Checkpoint
@@ -75,6 +75,7 @@ class TaskFit:
     asked: str
     budget: int
     lossless: bool = False
+    common_bytes: int = 0
 
     @property
     def most_bytes(self) -> int:

@@ -1,12 +1,13 @@
 """The offset predictor of ReTeX (arXiv 2606.26902): ``delta_hat(e) = U diag(C e) V^T``, linear in a task embedding e.
 
-The factors of all tasks stand side by side in ``U`` and ``V``; row t of ``C`` is one for the components of task t and
-zero elsewhere. A one-hot ``e`` gives a task's own offset, a mix interpolates.
+The factors of all tasks stand side by side in ``U`` and ``V``, and with them those that several tasks have in common;
+column t of ``C`` is one for the components of task t and for common ones that it uses, and zero elsewhere. A one-hot
+``e`` gives a task's offset, a mix interpolates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,27 @@ class Offset:
         delta = self.delta(start, start + merged.numel())
         value = torch.add(to_domain(self.name, merged.to(delta.device)), delta, out=delta if out is None else out)
         return from_domain(self.name, value)
+
+
+class Together(Mapping[str, Factors]):
+    """The sum of two offsets, by tensor name: their components side by side."""
+
+    def __init__(self, first: Mapping[str, Factors], second: Mapping[str, Factors]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Factors:
+        if name not in self._first or name not in self._second:
+            return (self._first if name in self._first else self._second)[name]
+        first, second = self._first[name], self._second[name]
+        if first.right is None or second.right is None:  # one-dimensional: both are
+            return Factors(first.left + second.left, None)
+        return Factors(torch.cat([first.left, second.left], 1), torch.cat([first.right, second.right]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._first, *self._second}))
+
+    def __len__(self) -> int:
+        return len({*self._first, *self._second})
 
 
 class Predictor:
