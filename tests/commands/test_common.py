@@ -87,6 +87,23 @@ def test_the_same_bytes_bring_experts_nearer(displaced: Path, retex: Retex, budg
     assert used[0] <= sum(row["budget_bytes"] for row in without.json["tasks"].values())
 
 
+def test_where_it_would_not_go_far_tasks_aim_at_how_they_differ(
+    displaced: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "FAR", 1.1)
+    result = retex("fit-offsets", "--overwrite", "--without", "compare", "--budget", "30%")
+    assert "common to them: it is left out" in result.err
+    assert "common" not in load_file(FILE)
+    assert header()["format_version"] == "1"
+    merged, found = load_file("merged/model.safetensors"), recovered(retex, "cars")
+    experts = {task: load_file(f"experts/{task}/model.safetensors") for task in ("cars", "dtd")}
+    name = "encoder.layer.1.output.dense.weight"
+    cars, dtd = (expert[f"bert.{name}"] for expert in experts.values())
+    own, offset = (cars - dtd) / 2, found[f"bert.{name}"] - merged[name]
+    assert float((offset - own).norm()) < 0.1 * float(own.norm())
+    assert float((found[f"bert.{name}"] - cars).norm()) > float(own.norm()), "where merged lies stays as it was"
+
+
 def test_experts_of_an_average_have_nothing_in_common(made: Path) -> None:
     assert "common" not in load_file(FILE)
     assert header()["format_version"] == "1"

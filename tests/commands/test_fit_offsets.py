@@ -62,6 +62,13 @@ def test_the_same_inputs_give_the_same_bytes(made: Path, retex: Retex, threads: 
     assert (made / "offsets.safetensors").read_bytes() == before
 
 
+def test_a_task_may_be_called_as_pieces_of_a_fit_are(made: Path, retex: Retex) -> None:
+    given = [f"--expert={name}=experts/{task}" for name, task in (("coded", "cars"), ("middle", "dtd"))]
+    result = retex("fit-offsets", "--merged", "merged", *given, "-o", "named.safetensors", "--json")
+    assert result.code == 0, result.err
+    assert {"coded", "middle"} <= set(result.json["tasks"])
+
+
 def test_json_counts_every_byte(made: Path, retex: Retex) -> None:
     result = retex("fit-offsets", "--json", "--budget", "3KB", "-o", "small.safetensors")
     assert result.code == 0, result.err

@@ -116,10 +116,10 @@ def common_part(
     ``together``: their budget is one that they share. Data-free; every expert is read once to find how much is common,
     and a second time only where it is enough.
     """
+    mean = _Mean(fits, merged, device, threads)
     found = scratch.get(COMMON)
     if found is None:
         budget = fits[0].budget if together else sum(fit.budget for fit in fits)
-        mean = _Mean(fits, merged, device, threads)
         data = mean.within(budget, progress)
         if data is not None:
             mean.put_aside(scratch)
@@ -131,8 +131,7 @@ def common_part(
 
     def middle(name: str) -> Tensor:
         piece = scratch.get(MIDDLE + name)
-        assert piece is not None, "it was put there before"
-        return piece[0]["data"]
+        return mean.middle(name) if piece is None else piece[0]["data"]
 
     return Common(tensors["data"].numpy().tobytes(), len(fits), middle if "middle" in texts else None)
 
@@ -146,12 +145,16 @@ class _Mean:
     device: torch.device
     threads: int
 
+    def middle(self, name: str) -> Tensor:
+        """A matrix of the merged checkpoint with its mean offset, float32, on the CPU."""
+        return (self.merged.read(name).to(self.device) + self._mean(name)).cpu()
+
     def put_aside(self, scratch: Scratch) -> None:
-        """The middle of the experts: every matrix of the merged checkpoint, float32, with its mean offset."""
+        """The middle of every matrix, as each task needs it."""
         names = [name for name, shape in layout_of(self.merged) if len(shape) > 1]
 
         def put(name: str) -> None:
-            scratch.put(MIDDLE + name, {"data": (self.merged.read(name).to(self.device) + self._mean(name)).cpu()})
+            scratch.put(MIDDLE + name, {"data": self.middle(name)})
 
         for _ in ordered_map(put, names, self.threads):
             pass
