@@ -157,7 +157,8 @@ def run(rows: Iterable[Row], kept: Callable[[Row], Path], fresh: bool) -> list[E
         if file.is_file() and not fresh:
             entry = json.loads(file.read_text())
         else:
-            entry = {"form": row.form, "size": row.size, **row.measured(), "commit": provenance()["commit"]}
+            made = {key: provenance()[key] for key in ("commit", "processor")}
+            entry = {"form": row.form, "size": row.size, **row.measured(), **made}
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(entry))
         entries.append(entry)

@@ -54,9 +54,7 @@ def pareto_tables() -> str:
         return "\nNothing measured yet: run `benchmarks/pareto.py text8` and `vision6`.\n"
     parts = [_table(suite, rows) for suite, rows in suites().items() if _rivals(rows)]
     parts += [_elsewhere(suite) for suite, rows in suites().items() if _rivals(rows)]
-    return (
-        "\n" + _HEAD + "\n" + "\n".join(filter(None, parts)) + "\n" + source(NAME, result, _commits(suites().values()))
-    )
+    return "\n" + _HEAD + "\n" + "\n".join(filter(None, parts)) + "\n" + _source(result, suites().values())
 
 
 def ours_table() -> str:
@@ -82,12 +80,14 @@ def ours_table() -> str:
                 others = _best_within(2 * fraction, rows)
                 text += row([suite, how, f"{100 * fraction:.3g}", *shares, percent(entry["agreement"]), others])
     shown = [[entry for entry in rows if is_ours(entry)] for rows in suites().values() if _rivals(rows)]
-    return text + "\n" + source(NAME, result, _commits(shown)) + "\n"
+    return text + "\n" + _source(result, shown) + "\n"
 
 
-def _commits(parts: Iterable[Sequence[Entry]]) -> list[str]:
-    """Of rows: each may come from another run."""
-    return sorted({str(entry["commit"])[:10] for rows in parts for entry in rows if "commit" in entry})
+def _source(result: dict[str, object], parts: Iterable[Sequence[Entry]]) -> str:
+    """Where rows come from: each may be of another run, on another machine."""
+    entries = [entry for rows in parts for entry in rows]
+    commits = sorted({str(entry["commit"])[:10] for entry in entries if "commit" in entry})
+    return source(NAME, result, commits, sorted({str(entry["processor"]) for entry in entries if "processor" in entry}))
 
 
 def _rivals(rows: Sequence[Entry]) -> list[Entry]:

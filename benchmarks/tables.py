@@ -20,13 +20,14 @@ def percent(value: object) -> str:
     return f"{100 * value:.2f}" if isinstance(value, float) else "-"
 
 
-def source(name: str, result: dict[str, object], commits: Iterable[str] = ()) -> str:
-    """Where a table comes from: a run, or rows that were measured at ``commits``."""
+def source(name: str, result: dict[str, object], commits: Iterable[str] = (), processors: Iterable[str] = ()) -> str:
+    """Where a table comes from: a run, or rows that were measured at ``commits``, on ``processors``."""
     made = result["provenance"]
     assert isinstance(made, dict)
     found = list(dict.fromkeys(commits)) or [str(made["commit"])]
     named = ("commit " if len(found) == 1 else "commits ") + ", ".join(f"`{commit[:10]}`" for commit in found)
-    return f"<sub>`benchmarks/results/{name}.json`, {named}, {made['cores']} cores of {made['processor']}.</sub>\n"
+    machines = " or ".join(dict.fromkeys(processors)) or str(made["processor"])
+    return f"<sub>`benchmarks/results/{name}.json`, {named}, {made['cores']} cores of {machines}.</sub>\n"
 
 
 def row(cells: list[str]) -> str:
