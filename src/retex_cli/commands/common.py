@@ -30,7 +30,7 @@ from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.shares import share_out
 from retex_cli.offsets.stream import Factors, decode
 from retex_cli.parallel import ordered_map
-from retex_cli.progress import Progress
+from retex_cli.progress import Progress, Silent
 
 PART = 0.3
 """Of the budget that the common part may take. An allocation by energy alone gives it nearly all."""
@@ -166,8 +166,13 @@ class _Mean:
         if not share >= LEAST:  # a NaN is told by the fit of its task
             return None
         try:
-            mean = self._fitter(self._mean, int(PART * budget), progress)
-            own = self._fitter(lambda name: self._delta(typical, name) - self._mean(name), budget // tasks, progress)
+            mean = self._fitter(self._mean, int(PART * budget), "fitting what offsets have in common", progress)
+            own = self._fitter(
+                lambda name: self._delta(typical, name) - self._mean(name),
+                budget // tasks,
+                "weighing it against a task's own",
+                progress,
+            )
             common = [replace(each, energies=tasks * each.energies) for each in mean.candidates()]
             by_energy = share_out([common, *[own.candidates()] * tasks], [0] * (tasks + 1), budget)[0]
             mean.budget = min(mean.budget, by_energy)
@@ -195,21 +200,21 @@ class _Mean:
         typical = self.fits[int(np.argsort(each)[len(each) // 2])]
         return float(common / each.sum()) if each.any() else 0.0, typical
 
-    def _fitter(self, delta: Callable[[str], Tensor], budget: int, progress: Progress) -> OffsetFitter:
+    def _fitter(self, delta: Callable[[str], Tensor], budget: int, label: str, progress: Progress) -> OffsetFitter:
         """One that has seen the offset ``delta`` of every tensor."""
         layout = layout_of(self.merged)
         fitter = OffsetFitter(layout, budget, weights(layout), LEAD)
 
-        def look(ranks: Mapping[str, int | None]) -> None:
-            progress.start("fitting what offsets have in common", len(ranks))
+        def look(ranks: Mapping[str, int | None], watched: Progress) -> None:
             prepared = ordered_map(lambda name: fitter.prepare(delta(name), ranks[name]), ranks, self.threads)
             for name, each in zip(ranks, prepared, strict=True):
                 fitter.update(name, each)
-                progress.advance()
+                watched.advance()
 
-        look({name: None for name, _ in layout})
-        while short := fitter.short():
-            look(short)
+        progress.start(label, len(layout))
+        look({name: None for name, _ in layout}, progress)
+        while short := fitter.short():  # a few, quickly done
+            look(short, Silent())
         return fitter
 
     def _energies(self, name: str) -> Floats:
