@@ -109,6 +109,12 @@ def test_experts_of_an_average_have_nothing_in_common(made: Path) -> None:
     assert header()["format_version"] == "1"
 
 
+def test_without_lead_it_is_not_lengthened_either(displaced: Path, retex: Retex) -> None:
+    lengthened = load_file(FILE)["common"]
+    assert retex("fit-offsets", "--overwrite", "--without", "compare", "--without", "lead").code == 0
+    assert not torch.equal(load_file(FILE)["common"], lengthened)
+
+
 def test_a_switched_model_has_the_bits_of_a_recovered_file(displaced: Path, retex: Retex) -> None:
     from transformers import BertForSequenceClassification
 

@@ -20,7 +20,7 @@ from retex_cli.commands.common import Common, shared_out
 from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_digests
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
-from retex_cli.commands.fitting import as_tensor, scratch_beside
+from retex_cli.commands.fitting import scratch_beside
 from retex_cli.commands.offsets_file import (
     COMMON,
     FORMAT,
@@ -38,6 +38,7 @@ from retex_cli.commands.task_fit import TaskFit, bring, match_experts, source_of
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import FORMAT_KEY, VERSION_KEY, Stored, check_artefact, stored_in, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
+from retex_cli.io.scratch import as_tensor
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress

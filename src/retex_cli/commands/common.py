@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retex_cli.commands.offsets_file import COMMON, TaskRecord, layout_of
+from retex_cli.commands.offsets_file import COMMON, TaskRecord, layout_of, share_of
 from retex_cli.commands.task_fit import TaskFit
 from retex_cli.io.checkpoint import Checkpoint
-from retex_cli.io.scratch import Scratch
+from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.io.tensors import check_request
 from retex_cli.offsets.allocate import Floats
 from retex_cli.offsets.batchnorm import weights
@@ -97,8 +97,7 @@ def shared_out(
 ) -> dict[str, Mapping[str, object]]:
     """Rows of a report in which ``offset_bytes`` and ``budget_bytes`` of tasks that use a common part of ``nbytes``
     count an equal share of it."""
-    users = sum(record.common for record in records.values())
-    share = -(-nbytes // users) if users else 0
+    share = share_of(records, nbytes)
     return {
         task: {**row, **{key: int(str(row[key])) + share for key in ("offset_bytes", "budget_bytes")}}
         if records[task].common
@@ -109,22 +108,21 @@ def shared_out(
 
 def common_part(
     fits: Sequence[TaskFit], merged: Checkpoint, device: torch.device, threads: int, scratch: Scratch,
-    progress: Progress, *, together: bool,
+    progress: Progress, *, together: bool, lead: float = LEAD,
 ) -> Common:  # fmt: skip
     """The common part of what ``fits`` are to recover, within its part of their budgets.
 
-    ``together``: their budget is one that they share. Data-free; every expert is read once to find how much is common,
-    and a second time only where it is enough.
+    ``together``: their budget is one that they share; ``lead``: see ``OffsetFitter``. Data-free; every expert is read
+    once to find how much is common, and again only where it is enough.
     """
-    mean = _Mean(fits, merged, device, threads)
+    mean = _Mean(fits, merged, device, threads, lead)
     found = scratch.get(COMMON)
     if found is None:
         budget = fits[0].budget if together else sum(fit.budget for fit in fits)
         data = mean.within(budget, progress)
         if data is not None:
             mean.put_aside(scratch)
-        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        scratch.put(COMMON, {"data": stored}, {} if data is None else {"middle": "put aside"})
+        scratch.put(COMMON, {"data": as_tensor(data or b"")}, {} if data is None else {"middle": "put aside"})
         found = scratch.get(COMMON)
         assert found is not None, "it was put there just now"
     tensors, texts = found
@@ -144,6 +142,7 @@ class _Mean:
     merged: Checkpoint
     device: torch.device
     threads: int
+    lead: float
 
     def middle(self, name: str) -> Tensor:
         """A matrix of the merged checkpoint with its mean offset, float32, on the CPU."""
@@ -203,7 +202,7 @@ class _Mean:
     def _fitter(self, delta: Callable[[str], Tensor], budget: int, label: str, progress: Progress) -> OffsetFitter:
         """One that has seen the offset ``delta`` of every tensor."""
         layout = layout_of(self.merged)
-        fitter = OffsetFitter(layout, budget, weights(layout), LEAD)
+        fitter = OffsetFitter(layout, budget, weights(layout), self.lead)
 
         def look(ranks: Mapping[str, int | None], watched: Progress) -> None:
             prepared = ordered_map(lambda name: fitter.prepare(delta(name), ranks[name]), ranks, self.threads)

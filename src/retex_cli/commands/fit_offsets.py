@@ -13,9 +13,9 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
 from retex_cli.commands.common import Common, common_part, shared_out
-from retex_cli.commands.fit_parts import check_parts, parts_recipe
+from retex_cli.commands.fit_parts import check_parts, lead_of, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
-from retex_cli.commands.fitting import Fitting, as_tensor, scratch_beside
+from retex_cli.commands.fitting import Fitting, scratch_beside
 from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import (
     COMMON,
@@ -34,7 +34,7 @@ from retex_cli.errors import UsageError
 from retex_cli.io.artefact import Stored, check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
 from retex_cli.io.provenance import checkpoint_digests
-from retex_cli.io.scratch import Scratch
+from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.models.device import choose_device
 from retex_cli.parallel import thread_count
 from retex_cli.progress import Progress
@@ -170,8 +170,8 @@ def _common(plan: FitOffsetsPlan, device: torch.device, threads: int, scratch: S
     config, fits = plan.config, plan.tasks
     if len(fits) < 2 or config.lossless or config.target is not None or "common" in config.without:
         return Common(b"", len(fits))
-    together = config.total_budget is not None
-    return common_part(fits, plan.merged, device, threads, scratch, progress, together=together)
+    together, lead = config.total_budget is not None, lead_of(config.without)
+    return common_part(fits, plan.merged, device, threads, scratch, progress, together=together, lead=lead)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:

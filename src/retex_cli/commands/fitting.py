@@ -18,6 +18,7 @@ from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.common import Common
 from retex_cli.commands.corrections import stored_name
+from retex_cli.commands.fit_parts import lead_of
 from retex_cli.commands.guard import Fit, Guard
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.refine import Refiner
@@ -26,11 +27,11 @@ from retex_cli.errors import RetexError
 from retex_cli.io.artefact import Stored, stored_in
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.provenance import fingerprint, tensor_digest
-from retex_cli.io.scratch import Scratch
+from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.offsets import lossless
 from retex_cli.offsets.batchnorm import EPSILON, folded, norms, weights
 from retex_cli.offsets.domain import to_domain
-from retex_cli.offsets.fit import LEAD, BudgetTooSmall, OffsetFitter, Prepared
+from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.pieces import from_tensors, to_tensors
 from retex_cli.offsets.shares import share_again, share_out
@@ -189,8 +190,7 @@ class Fitting:
         if fit.lossless:  # what counts is how small the errors are
             fitter = OffsetFitter(layout, fit.budget, lead=0.0)
         else:
-            lead = 0.0 if "lead" in self.without else LEAD
-            fitter = OffsetFitter(layout, fit.budget, weights(layout), lead)
+            fitter = OffsetFitter(layout, fit.budget, weights(layout), lead_of(self.without))
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         digests, noises = {}, {}
@@ -360,11 +360,6 @@ def _budget_in_words(fit: TaskFit) -> Iterator[None]:
             f"that holds anything is {needed:,} bytes",
             f"give --budget {needed} or more",
         ) from error
-
-
-def as_tensor(data: bytes) -> Tensor:
-    """uint8 [bytes]."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _task_tensors(fit: TaskFit) -> dict[str, Stored]:

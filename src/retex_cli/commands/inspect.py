@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retex_cli.commands.offsets_file import COMMON
 from retex_cli.commands.report import Json, Table
 from retex_cli.io.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from retex_cli.io.dtypes import CODES
@@ -200,7 +201,7 @@ def _tasks(kind: str, infos: Sequence[TensorInfo], metadata: dict[str, str]) -> 
         return {}
     records = _object(metadata.pop("tasks", None))
     metadata.pop("checks", None)
-    metadata.pop("common", None)
+    metadata.pop(COMMON, None)
     tasks: dict[str, dict[str, object]] = {task: {} for task in sorted(records)}
     for info in infos:
         section, _, rest = info.name.partition("/")
@@ -211,7 +212,7 @@ def _tasks(kind: str, infos: Sequence[TensorInfo], metadata: dict[str, str]) -> 
         if column and rest:
             row = tasks.setdefault(task, {})
             row[column] = int(str(row.get(column, 0))) + info.nbytes
-    common = sum(info.nbytes for info in infos if info.name == "common")
+    common = sum(info.nbytes for info in infos if info.name == COMMON)
     for task, record in records.items():
         fields = record if isinstance(record, dict) else {}
         if fields.get("common"):

@@ -270,8 +270,7 @@ class OffsetsFile:
     def offset_bytes(self, task: str) -> int:
         """Bytes of a task's coded offsets, with an equal share of what it has in common with others."""
         record = self.task(task)
-        users = sum(other.common for other in self.tasks.values())
-        return record.offset_bytes + (-(-self.file.tensors[COMMON].nbytes // users) if record.common else 0)
+        return record.offset_bytes + (share_of(self.tasks, self.file.tensors[COMMON].nbytes) if record.common else 0)
 
     def rows(self, task: str, merged_name: str) -> int:
         """How many rows the expert of ``task`` has beyond the merged tensor's; 0 for most."""
@@ -416,6 +415,12 @@ def header_of(records: Mapping[str, TaskRecord], own: Mapping[str, str]) -> dict
                 del entry[later]
     found = {**{task: checks.of_record(entry) for task, entry in entries.items()}, **own}
     return {"tasks": json.dumps(entries, separators=(",", ":")), checks.KEY: json.dumps(found, sort_keys=True)}
+
+
+def share_of(records: Mapping[str, TaskRecord], nbytes: int) -> int:
+    """What a common part of ``nbytes`` counts for each task that uses it, rounded up; 0 where none does."""
+    users = sum(record.common for record in records.values())
+    return -(-nbytes // users) if users else 0
 
 
 def version_of(records: Mapping[str, TaskRecord]) -> int:

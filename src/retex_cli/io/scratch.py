@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from retex_cli.errors import RetexError
@@ -104,6 +105,11 @@ class Scratch:
             return file.read(key)
         finally:
             file.close()
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """uint8 [bytes]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
