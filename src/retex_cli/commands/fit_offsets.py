@@ -13,9 +13,9 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
 from retex_cli.commands.common import Common, common_part, shared_out
-from retex_cli.commands.fit_parts import check_parts, lead_of, parts_recipe
+from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
-from retex_cli.commands.fitting import Fitting, scratch_beside
+from retex_cli.commands.fitting import Fitting, lead_of, scratch_beside
 from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import (
     COMMON,

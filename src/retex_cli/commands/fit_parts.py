@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Set
 
 from retex_cli.errors import UsageError
-from retex_cli.offsets.fit import LEAD
 
 PARTS = {
     "common": "what all tasks' offsets have in common, where it is most of them, is coded once or left out",
@@ -27,11 +26,6 @@ def check_parts(without: Set[str], *, refine: bool) -> None:
             raise UsageError(f"--without {name}: there is no such part", f"one of {', '.join(PARTS)}")
         if name in REFINING and not refine:
             raise UsageError(f"--without {name}: that is a part of --refine", "add --refine, or leave it out")
-
-
-def lead_of(without: Set[str]) -> float:
-    """Of what is fitted: see ``fit.LEAD``."""
-    return 0.0 if "lead" in without else LEAD
 
 
 def parts_recipe(without: Set[str]) -> dict[str, object]:

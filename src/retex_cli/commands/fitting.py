@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +18,6 @@ from retex_cli.commands.agreement import Agreement, Judge, reach
 from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.common import Common
 from retex_cli.commands.corrections import stored_name
-from retex_cli.commands.fit_parts import lead_of
 from retex_cli.commands.guard import Fit, Guard
 from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
 from retex_cli.commands.refine import Refiner
@@ -31,7 +30,7 @@ from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.offsets import lossless
 from retex_cli.offsets.batchnorm import EPSILON, folded, norms, weights
 from retex_cli.offsets.domain import to_domain
-from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter, Prepared
+from retex_cli.offsets.fit import LEAD, BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
 from retex_cli.offsets.pieces import from_tensors, to_tensors
 from retex_cli.offsets.shares import share_again, share_out
@@ -337,6 +336,11 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
         scratch.remove()
         raise
     scratch.remove()
+
+
+def lead_of(without: Set[str]) -> float:
+    """What ``OffsetFitter`` gets where these parts are left out."""
+    return 0.0 if "lead" in without else LEAD
 
 
 def _steps(fit: TaskFit, name: str) -> int:
