@@ -263,13 +263,24 @@ def test_parts_of_a_fit_can_be_left_out(here: Path, retex: Retex, monkeypatch: p
     assert "kept" not in reports["compare"]["bars"]  # type: ignore[index]
 
 
-def test_parts_that_are_none_are_refused(here: Path, retex: Retex) -> None:
-    assert retex("merge", "-w", here).code == 0
-    unknown = retex("fit-offsets", "-w", here, "--without", "heads")
-    assert (unknown.code, "there is no such part" in unknown.err, "lead, compare" in unknown.err) == (2, True, True)
-    idle = retex("fit-offsets", "-w", here, "--without", "training")
-    assert (idle.code, "that is a part of --refine" in idle.err) == (2, True)
-    assert retex("fit-offsets", "-w", here, "--add", "x=experts/bars", "--without", "heads").code == 2
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--without", "heads"), "there is no such part hint: one of common, lead, compare"),
+        (("--add", "x=experts/bars", "--without", "heads"), "there is no such part"),
+        (("--without", "training"), "that is a part of --refine"),
+        (("--refine", "--without", "shares"), "that is a part of --total-budget"),
+        (("--lossless", "--without", "lead"), "a fit with --lossless does not have that part"),
+        (("--target", "99", "--without", "compare"), "a fit with --target does not have that part"),
+    ],
+)
+def test_parts_that_a_fit_does_not_have_are_refused(
+    here: Path, retex: Retex, flags: tuple[str, ...], words: str
+) -> None:
+    result = retex("fit-offsets", "-w", here, *flags)
+    assert result.code == 2
+    assert words in " ".join(result.err.split())
+    assert not (here / "offsets.safetensors").exists()
 
 
 def distances(here: Path, retex: Retex, offsets: Path) -> dict[str, float]:

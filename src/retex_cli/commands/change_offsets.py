@@ -21,15 +21,13 @@ from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import scratch_beside
-from retex_cli.commands.offsets_file import (
+from retex_cli.commands.offsets_file import OffsetsFile, known, read_files
+from retex_cli.commands.offsets_header import (
     COMMON,
     FORMAT,
-    OffsetsFile,
     TaskRecord,
     header_of,
-    known,
     open_offsets,
-    read_files,
     task_record,
     version_of,
 )
@@ -87,7 +85,7 @@ def plan(config: FitOffsetsConfig) -> ChangeOffsetsPlan:
     """
     if config.experts:
         raise UsageError("--expert makes a file, --add and --remove change one", "leave --expert out")
-    check_parts(config.without, refine=config.refine)
+    check_parts(config.without, config.wish, refine=config.refine)
     if config.total_budget is not None:
         raise UsageError(
             "--total-budget is for a whole file, and --add leaves its other tasks as they are", "give --budget"

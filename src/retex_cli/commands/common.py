@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retex_cli.commands.offsets_file import COMMON, TaskRecord, layout_of, share_of
+from retex_cli.commands.offsets_file import layout_of
+from retex_cli.commands.offsets_header import COMMON, TaskRecord, share_of
 from retex_cli.commands.task_fit import TaskFit
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.scratch import Scratch, as_tensor

@@ -17,17 +17,8 @@ from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, lead_of, scratch_beside
 from retex_cli.commands.guard import Guard
-from retex_cli.commands.offsets_file import (
-    COMMON,
-    FORMAT,
-    TaskRecord,
-    digest_rows,
-    fingerprint_of,
-    header_of,
-    known,
-    read_files,
-    version_of,
-)
+from retex_cli.commands.offsets_file import fingerprint_of, known, read_files
+from retex_cli.commands.offsets_header import COMMON, FORMAT, TaskRecord, digest_rows, header_of, version_of
 from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
 from retex_cli.commands.task_fit import TaskFit, Wish, bring, match_experts, source_of, source_of_base
 from retex_cli.errors import UsageError
@@ -98,7 +89,7 @@ def plan(config: FitOffsetsConfig) -> FitOffsetsPlan:
     """Open everything by its headers and match every expert to the merged checkpoint."""
     if not config.experts:
         raise UsageError("no experts to fit offsets for", "give --expert NAME=REF, or [tasks.NAME] in retex.toml")
-    check_parts(config.without, refine=config.refine)
+    check_parts(config.without, config.wish, refine=config.refine)
     merged = open_checkpoint(config.merged)
     tasks = match_experts(config.experts, merged, config.base, config.wish)
     inputs = [*merged.files, *(file for fit in tasks for file in fit.expert.files)]

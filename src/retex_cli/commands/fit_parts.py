@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import TYPE_CHECKING
 
 from retex_cli.errors import UsageError
+
+if TYPE_CHECKING:  # the command line reads the names of parts, and must not wait for torch
+    from retex_cli.commands.task_fit import Wish
 
 PARTS = {
     "common": "what all tasks' offsets have in common, where it is most of them, is coded once or left out",
@@ -17,15 +21,22 @@ PARTS = {
 }
 """What each does where it is not left out; docs/log.md has what each gains."""
 REFINING = ("statistics", "training", "shares")
+GIVEN = ("common", "compare", "effects")
+"""What is only done within a budget that is given."""
 
 
-def check_parts(without: Set[str], *, refine: bool) -> None:
-    """UsageError for a part that there is not, and for one that is only there with ``refine``."""
+def check_parts(without: Set[str], wish: Wish, *, refine: bool) -> None:
+    """UsageError for a part that there is not, and for one that a fit to this ``wish`` does not have."""
     for name in sorted(without):
         if name not in PARTS:
             raise UsageError(f"--without {name}: there is no such part", f"one of {', '.join(PARTS)}")
         if name in REFINING and not refine:
             raise UsageError(f"--without {name}: that is a part of --refine", "add --refine, or leave it out")
+        if name == "shares" and wish.total is None:
+            raise UsageError(f"--without {name}: that is a part of --total-budget", "give one, or leave it out")
+        if wish.lossless or (wish.target is not None and name in GIVEN):
+            kind = "--lossless" if wish.lossless else "--target"
+            raise UsageError(f"--without {name}: a fit with {kind} does not have that part", "leave it out")
 
 
 def parts_recipe(without: Set[str]) -> dict[str, object]:

@@ -19,7 +19,8 @@ from retex_cli.commands.checks import of_tensor
 from retex_cli.commands.common import Common
 from retex_cli.commands.corrections import stored_name
 from retex_cli.commands.guard import Fit, Guard
-from retex_cli.commands.offsets_file import TaskRecord, known, layout_of, naming, read_files, usual_dtype
+from retex_cli.commands.offsets_file import known, layout_of, read_files
+from retex_cli.commands.offsets_header import TaskRecord, naming, usual_dtype
 from retex_cli.commands.refine import Refiner
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
 from retex_cli.errors import RetexError

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retex_cli.commands.offsets_file import COMMON
+from retex_cli.commands.offsets_header import COMMON
 from retex_cli.commands.report import Json, Table
 from retex_cli.io.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from retex_cli.io.dtypes import CODES
