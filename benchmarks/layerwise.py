@@ -152,7 +152,7 @@ class Run:
         found = {}
         for task in self.suite.tasks:
             network, expert = self.suite.network(task), self.suite.expert(task)
-            network.load({tensor: expert.read(tensor) for tensor in expert.tensors}, task)
+            network.load(expert.items(), task)
             rows = sample(self.suite, task)
             found[task] = share(self.heads[task](self.suite.before_head(network, rows)), rows)
         return found
@@ -163,7 +163,7 @@ class Run:
         start = prefix(expert.tensors)
         network = self.suite.network(task)
         tensors = {name: self.merged.get(name.removeprefix(start)) for name in expert.tensors}
-        network.load({name: expert.read(name) if t is None else t for name, t in tensors.items()}, "esm")
+        network.load(((name, expert.read(name) if t is None else t) for name, t in tensors.items()), "esm")
         return network
 
     def _rows(self, task: str, count: int, number: int) -> list[Example]:
@@ -175,7 +175,7 @@ class Run:
         grams, residuals = {}, {}
         for task in self.suite.tasks:
             network, expert = self.suite.network(task), self.suite.expert(task)
-            network.load({name: expert.read(name) for name in expert.tensors}, task)
+            network.load(expert.items(), task)
             weights = [f"{name}.weight" for name in self.names]
             rows = self._rows(task, CALIBRATION, number)
             found = dict(input_grams(network, rows, weights, 32, thread_count(None), Silent()))

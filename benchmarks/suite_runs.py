@@ -146,7 +146,7 @@ class Suite:
     def _answers_of(self, other: str, tests: Mapping[str, Sequence[Example]]) -> dict[str, Names]:
         network = self.network(other)
         expert = self.expert(other)
-        network.load({name: expert.read(name) for name in expert.tensors}, other)
+        network.load(expert.items(), other)
         heads = self.heads()
         arrays = {f"{other}/expert": heads[other](self.before_head(network, tests[other]))}
         network = self.recovered(other)
@@ -161,7 +161,7 @@ class Suite:
         network = self.network(task)
         with open_checkpoint(self.space.path(MERGED)) as merged:
             file = OffsetsFile(self.space.path(OFFSETS), merged)
-            network.load(dict(tensors_of(file, task, file.predictor([task]))), task)
+            network.load(tensors_of(file, task, file.predictor([task])), task)
         return network
 
     def network(self, task: str) -> Network:
@@ -173,7 +173,7 @@ class Suite:
         found = {}
         for task in self.tasks:
             network, expert = self.network(task), self.expert(task)
-            network.load({name: expert.read(name) for name in expert.tensors}, task)
+            network.load(expert.items(), task)
             layer = last_layer(network)
             found[task] = Head(layer.weight.detach().clone(), layer.bias.detach().clone(), np.array(network.labels))
         return found

@@ -141,7 +141,7 @@ class LeftOut:
         limit = self.suite.space.signatures.max_length
         assert self.checkpoint.folder is not None
         network = Network(self.checkpoint.folder, self.suite.device, model=self.suite.space.model, max_length=limit)
-        network.load(dict(weights), "probed")
+        network.load(weights.items(), "probed")
         return Encoder(network, thread_count(None)).features(rows, 64, Silent())[:, -1]
 
 

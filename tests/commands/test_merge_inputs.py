@@ -52,7 +52,7 @@ def test_regmean_is_the_least_squares_solution_on_the_experts_inputs(workspace: 
         folder = Path("experts", task)
         network = Network(folder, torch.device("cpu"))
         weights = load_file(folder / "model.safetensors")
-        network.load(weights, task)
+        network.load(weights.items(), task)
         seen: list[Tensor] = []
         layer = network.module.get_submodule(f"bert.{name}")
         layer.register_forward_hook(lambda layer, given, output, seen=seen: seen.append(given[0].flatten(0, 1)))

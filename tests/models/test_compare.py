@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retex_cli.models.compare import SAME, apart
+from retex_cli.models.compare import SAME, apart, thinned
 
 
 def test_logits_count_up_to_what_all_classes_have_in_common() -> None:
@@ -29,3 +29,13 @@ def test_a_single_number_counts_by_the_variance_over_inputs() -> None:
 def test_what_is_no_number_is_as_far_as_can_be() -> None:
     found = apart(torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]]), torch.eye(2))
     assert found.tolist() == pytest.approx([1 / SAME, 1 / SAME])
+
+
+def test_large_answers_are_thinned_and_as_far_apart_as_whole_ones() -> None:
+    wanted, noise = torch.randn(2, 3, 5, 40_000, generator=torch.Generator().manual_seed(0))
+    found = wanted + torch.tensor([0.01, 0.1, 1.0])[:, None, None] * noise
+    few = thinned(wanted)
+    assert few.shape == (3, 1, 50_000)
+    assert few.is_contiguous()
+    assert torch.allclose(apart(thinned(found), few), apart(found, wanted), rtol=0.05)
+    assert torch.equal(thinned(wanted[:, 0]), wanted[:, 0])

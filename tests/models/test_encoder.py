@@ -99,7 +99,7 @@ def test_convolutional_transformers_models_give_features(tmp_path: Path, family:
     model = getattr(transformers, f"{family}ForImageClassification")(config).eval()
     model.save_pretrained(tmp_path)
     built = Network(tmp_path, CPU)
-    built.load(model.state_dict(), "here")
+    built.load(model.state_dict().items(), "here")
     examples = [Example(tensors={"pixel_values": example}) for example in torch.randn(3, 3, 32, 32)]
     found = Encoder(built, threads=1).features(examples, 2, Silent())
     assert found.shape == (3, 3, 8)

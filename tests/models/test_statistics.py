@@ -24,7 +24,7 @@ def network(tiny_models: Path) -> Network:
     """The expert of the task cars, in float32."""
     folder = tiny_models / "experts/cars"
     network = Network(folder, torch.device("cpu"))
-    network.load(load_file(folder / "model.safetensors"), str(folder))
+    network.load(load_file(folder / "model.safetensors").items(), str(folder))
     return network
 
 

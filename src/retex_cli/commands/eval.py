@@ -140,14 +140,14 @@ class _Bench:
         """Logits of task ``head``'s model on ``rows`` with the shared tensors of ``encoder``."""
         model = self.models[head]
         tensors = tensors_of(self.plan.file, head, self.predictor, None if encoder == head else encoder)
-        model.load(dict(tensors), self.plan.config.offsets)
+        model.load(tensors, self.plan.config.offsets)
         return self._logits(model, rows)
 
     def expert(self, task: str) -> Tensor:
         """Logits of the expert itself."""
         checkpoint = self.plan.experts[task]
         model = self.models[task]
-        model.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
+        model.load(checkpoint.items(), checkpoint.reference)
         return self._logits(model, self.plan.tests[task])
 
     def _logits(self, model: Network, rows: Sequence[Example]) -> Tensor:

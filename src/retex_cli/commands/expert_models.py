@@ -79,16 +79,19 @@ class ExpertModels:
     def load_expert(self, network: Network, task: str) -> None:
         """The expert's own weights."""
         expert = self.experts[task]
-        network.load({name: expert.read(name) for name in expert.tensors}, expert.reference)
+        network.load(expert.items(), expert.reference)
 
     def load_merged(self, network: Network, task: str, merged: Mapping[str, Tensor]) -> None:
         """Merged tensors (by the base's names) in place of the expert's shared ones; its head and extra rows stay."""
         expert, alignment = self.experts[task], self.alignments[task]
         ours = {theirs: name for name, theirs in alignment.shared.items() if name in merged}
-        tensors = {}
-        for name in expert.tensors:
-            tensors[name] = merged[ours[name]] if name in ours else expert.read(name)
-            if name in ours and ours[name] in alignment.rows:
-                extra = expert.read(name)[alignment.rows[ours[name]] :]
-                tensors[name] = torch.cat([tensors[name].to(extra.dtype), extra])
-        network.load(tensors, f"the merged weights with the head of {task!r}")
+
+        def value(name: str) -> Tensor:
+            if name not in ours:
+                return expert.read(name)
+            if (rows := alignment.rows.get(ours[name])) is None:
+                return merged[ours[name]]
+            extra = expert.read(name)[rows:]
+            return torch.cat([merged[ours[name]].to(extra.dtype), extra])
+
+        network.load(((name, value(name)) for name in expert.tensors), f"the merged weights with the head of {task!r}")

@@ -24,7 +24,7 @@ from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers
-from retex_cli.models.compare import apart
+from retex_cli.models.compare import apart, thinned
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects, normalises
 from retex_cli.models.matched import GROUP, STEPS, matched
@@ -99,7 +99,7 @@ class Guard:
     threads: int
     inputs: Mapping[str, Sequence[Example]]
     without: frozenset[str] = frozenset()
-    _refused: list[RetexError] = field(default_factory=list)
+    _refused: list[str] = field(default_factory=list)
     _doubted: list[str] = field(default_factory=list)
 
     @classmethod
@@ -136,7 +136,7 @@ class Guard:
         try:
             trial = _Trial(self, fit, first.weights, progress)
         except RetexError as error:
-            self._refused.append(error)
+            self._refused.append(fit.task)
             _only_weights(progress, error.message)
             return None
         if trial.doubtful and not self._doubted:
@@ -278,7 +278,7 @@ class _Trial:
 
         def forward(inputs: Inputs) -> Tensor:
             with self._network.inference():
-                return answer_of(self._network.module(**inputs)).float().cpu()
+                return thinned(answer_of(self._network.module(**inputs))).cpu()
 
         return run(self._network, self._examples, forward, BATCH, self._guard.threads, Silent()).whole()
 

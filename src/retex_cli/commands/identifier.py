@@ -93,7 +93,7 @@ def encoder_of(
 ) -> Encoder:
     """The checkpoint as a network whose layers can be read. RetexError for a bare weight file."""
     network = Network.of(checkpoint.side_files(), checkpoint.reference, device, model=model, max_length=max_length)
-    network.load({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.reference)
+    network.load(checkpoint.items(), checkpoint.reference)
     return Encoder(network, threads)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -76,6 +76,10 @@ class Checkpoint:
         """The whole tensor in memory of its own, stored type and shape. KeyError for an unknown name."""
         name = self.aliases.get(name, name)
         return self._home[name].read(name)
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every name and its tensor, read when it is its turn."""
+        return ((name, self.read(name)) for name in self.tensors)
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements ``[start, start + out.numel())`` of the flattened tensor, converted to ``out.dtype``.

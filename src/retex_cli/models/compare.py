@@ -8,6 +8,15 @@ from torch import Tensor
 SAME = 1e-12
 """Nearer than this, as a share of an answer's variance, answers are the same."""
 
+MOST = 1 << 16
+"""Numbers of one answer that are compared: more, as a language model's, take memory and say nothing new."""
+
+
+def thinned(answers: Tensor) -> Tensor:
+    """Answers [n, …] as they are, or float32 [n, 1, k] with no more than ``MOST`` of each, evenly spaced."""
+    every = -(-answers[0].numel() // MOST)
+    return answers.float() if every <= 1 else answers.flatten(1)[:, None, ::every].float().contiguous()
+
 
 def apart(found: Tensor, wanted: Tensor) -> Tensor:
     """Of every input: float32 [n], from ``SAME`` to its inverse, which is also what stands for no number.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.inputs import Example
 from retex_cli.models.device import has_fast_bf16
-from retex_cli.models.names import saved_names
+from retex_cli.models.names import passed_over, saved_names
 from retex_cli.models.processor import Inputs, Processor
 
 
@@ -54,6 +55,7 @@ class Network:
         self.module = built.to(device).eval()
         self._own = frozenset(self.module.state_dict())
         self._processor = Processor(folder, self.name, max_length=max_length)
+        _forget_imports(type(self.module).__qualname__)
 
     @classmethod
     def of(
@@ -113,9 +115,9 @@ class Network:
         """The text that tokens stand for. Only where ``reads`` is "texts"."""
         return self._processor.text_of(tokens)
 
-    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
         """Take these weights, named as files or as the module name them; see ``load_weights``."""
-        load_weights(self.module, {self.own_name(name): value for name, value in tensors.items()}, source)
+        load_weights(self.module, ((self.own_name(name), value) for name, value in tensors), source)
 
     def own_name(self, name: str) -> str:
         """What the module calls a tensor that is named as files or as the module name it."""
@@ -153,23 +155,35 @@ def label_names(config: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(str(names[i]) for i in sorted(names, key=int))
 
 
-def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` into the module; only integer buffers and what shares memory with a given tensor may be missing.
+def load_weights(module: torch.nn.Module, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Copy ``tensors`` into the module, one at a time, so that no second copy of all is in memory; only integer buffers
+    and what shares memory with a given tensor may be missing.
 
     A running mean left at its initial value gives wrong answers without a word, so floating buffers count as parameters
-    do. RetexError names the first tensor without a place, of another shape, or missing.
+    do. RetexError names the first tensor without a place, of another shape, or missing; others are in the module then.
     """
-    own, kind = module.state_dict(), type(module).__name__
-    for name, tensor in tensors.items():
-        if name not in own and tensor.is_floating_point():  # integers are buffers of other versions, position ids say
+    own, kind, given = module.state_dict(), type(module).__name__, set()
+    for name, tensor in tensors:
+        if name in own:
+            if own[name].shape != tensor.shape:
+                ours, theirs = list(own[name].shape), list(tensor.shape)
+                raise RetexError(f"{source}: {name!r} is {theirs}, {kind} has it as {ours}")
+            own[name].copy_(tensor)
+            given.add(name)
+        elif tensor.is_floating_point() and not passed_over(module, name):  # integers are buffers, position ids say
             raise RetexError(f"{source}: tensor {name!r} has no place in {kind}")
-        if name in own and own[name].shape != tensor.shape:
-            raise RetexError(f"{source}: {name!r} is {list(tensor.shape)}, {kind} has it as {list(own[name].shape)}")
-    filled = {value.data_ptr() for name, value in own.items() if name in tensors}  # tied weights are one memory
+    filled = {own[name].data_ptr() for name in given}  # tied weights are one memory
     for name, value in own.items():
-        if name not in tensors and value.is_floating_point() and value.data_ptr() not in filled:
+        if name not in given and value.is_floating_point() and value.data_ptr() not in filled:
             raise RetexError(f"{source}: {kind} needs the tensor {name!r}, which is not there")
-    module.load_state_dict(dict(tensors), strict=False)
+
+
+@functools.cache
+def _forget_imports(kind: str) -> None:
+    """The first network of a kind is imported while it is built, and errors that this raised and caught hold on to all
+    that called it, the network and whatever is fitted to it, until they are looked for."""
+    del kind
+    gc.collect()
 
 
 @contextlib.contextmanager
