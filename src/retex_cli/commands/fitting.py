@@ -251,7 +251,8 @@ class Fitting:
                 data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, through_network)
             if self.guard is not None:
                 first = Fit(data, fitter.budget, fitter.weights)
-                choice = self.guard.choose(fit, first, partial(self._fresh, fit), through_network)
+                fresh, trimmed = partial(self._fresh, fit), partial(_trimmed, fitter)
+                choice = self.guard.choose(fit, first, fresh, trimmed, through_network)
                 if choice is not None:
                     data, texts["kept"] = choice.data, json.dumps(choice.to_json())
                     alone = not choice.budget
@@ -337,6 +338,15 @@ def scratch_beside(output: str, recipe: Mapping[str, object], device: torch.devi
         scratch.remove()
         raise
     scratch.remove()
+
+
+def _trimmed(fitter: OffsetFitter, budget: int) -> bytes:
+    """See ``guard.Trimmed``."""
+    whole, fitter.budget = fitter.budget, budget
+    try:
+        return fitter.finish()
+    finally:
+        fitter.budget = whole
 
 
 def lead_of(without: Set[str]) -> float:

@@ -67,6 +67,9 @@ class Fit:
 Fresh = Callable[[int, Mapping[str, float]], bytes]
 """Coded offsets within so many bytes, errors weighted so, to the bit as a fit to that budget alone has them. Raises
 ``BudgetTooSmall``."""
+Trimmed = Callable[[int], bytes]
+"""Coded offsets within so many bytes from the components that were found for more: nearly what ``Fresh`` gives, and
+quickly made."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Guard:
         moves = task not in self.inputs and norms(layout_of(self.merged))
         return STEPS * -(-PROBES // GROUP) if moves else 0
 
-    def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, progress: Progress) -> Choice | None:
+    def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, trimmed: Trimmed, progress: Progress) -> Choice | None:
         """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
 
         None, said in one note for all tasks, where the network cannot be run. Another note says where this may miss
@@ -145,7 +148,7 @@ class Guard:
                 "no inputs could be made that fit the network's BatchNorm statistics, so more offsets may still answer "
                 "worse than fewer: --refine compares them on the tasks' inputs"
             )
-        found = trial.choose(first, fresh)
+        found = trial.choose(first, fresh, trimmed)
         if found.budget < first.budget:
             kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
             other = "fewer" if found.budget else "merged weights alone"
@@ -227,7 +230,7 @@ class _Trial:
             return fitting, MATCHED
         return made, MADE if steady else MADE_UNSTEADY
 
-    def choose(self, first: Fit, fresh: Fresh) -> Choice:
+    def choose(self, first: Fit, fresh: Fresh, trimmed: Trimmed) -> Choice:
         """See ``Guard.choose``."""
         layout, whole = layout_of(self._guard.merged), first.budget
         merged = self._tried(OffsetFitter(layout, 0).encode({}), 0, self._guard.alone)
@@ -240,14 +243,20 @@ class _Trial:
         def gives_way(to: _Tried) -> bool:
             return kept.worse(to, doubt.smaller if to.budget else doubt.merged, doubt.errors)
 
+        def ordinary(smaller: _Tried) -> bool:
+            """Whether to look no further."""
+            return doubt is not OWN and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
+
         try:
             kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
             for rung in _rungs(layout, whole):
+                quickly = len(self._ways) == 1 and doubt is not OWN and kept.budget == whole
+                if quickly and ordinary(self._tried(trimmed(rung), rung)):
+                    break
                 smaller = min(made(rung, self._ways), key=_mean)
-                if gives_way(smaller):
-                    kept = smaller
-                elif doubt is not OWN and kept.budget == whole and not gives_way(merged):
-                    break  # the ordinary case
+                if ordinary(smaller):
+                    break
+                kept = smaller if gives_way(smaller) else kept
         except BudgetTooSmall:
             pass
         kept = merged if gives_way(merged) else kept
