@@ -216,16 +216,19 @@ def _offsets_speed() -> str:
     text += row(heads) + "|---" * len(heads) + "|\n"
     for entry in models.values():
         merge, recover, start, copy = (entry[key] for key in ("merge", "recover", "start", "copy_s"))
-        times = (recover["wall_s"] - start["wall_s"]) / copy
-        after = [f"{recover['wall_s']:.1f}", f"{recover['anon_mb']:.0f}", f"{start['wall_s']:.1f}", f"{copy:.1f}"]
         for budget, fit in entry["fit"].items():
+            back = recover[budget]
+            times = (back["wall_s"] - start["wall_s"]) / copy
+            after = [f"{back['wall_s']:.1f}", f"{back['anon_mb']:.0f}", f"{start['wall_s']:.1f}", f"{copy:.1f}"]
             cells = [entry["what"], f"{merge['wall_s']:.0f}", f"{merge['anon_mb']:.0f}"]
             cells += [budget.replace("%", " %"), f"{fit['wall_s']:.0f}", f"{fit['anon_mb']:.0f}"]
             text += row([*cells, *after, f"{times:.2f}"])
-    commits = {
-        str(entry.get(key, entry["commit"]))[:10] for entry in models.values() for key in ("fit_commit", "commit")
+    places = {
+        f"`{str(entry[key])[:10]}` ({entry['processor']})"
+        for entry in models.values()
+        for key in ("fit_commit", "commit")
     }
-    note = "" if len(commits) == 1 else f"Measured at {' and '.join(f'`{commit}`' for commit in sorted(commits))}.\n\n"
+    note = "" if len(places) == 1 else f"Measured at {' and '.join(sorted(places))}.\n\n"
     return text + "\n" + note + source(name, result) + "\n"
 
 
