@@ -213,3 +213,9 @@ def test_an_interrupted_fit_does_not_look_for_it_again(
 def test_inspect_shows_it(displaced: Path, retex: Retex) -> None:
     result = retex("inspect", FILE, "--json")
     assert result.json["tasks"]["cars"]["in common"] == len(load_file(FILE)["common"])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (0, 3), (3, 0), (40, 300), (4, 3, 5, 5)])
+def test_energies_are_squared_norms_of_tensors_of_any_shape(shape: tuple[int, ...]) -> None:
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert common._energy(delta) == pytest.approx(float(delta.double().square().sum()), rel=1e-5)

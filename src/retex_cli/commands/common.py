@@ -250,9 +250,5 @@ class _Mean:
 
 def _energy(delta: Tensor) -> float:
     """The squared norm, row by row: as exact as float64 of every entry, and a tenth of the time."""
-    return float(
-        torch.linalg.vector_norm(delta.reshape(len(delta), -1) if delta.ndim > 1 else delta, dim=-1)
-        .double()
-        .square()
-        .sum()
-    )
+    rows = delta.flatten(1) if delta.ndim > 1 else delta
+    return float(torch.linalg.vector_norm(rows, dim=-1).double().square().sum())
