@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retex_cli.offsets import coder
 from retex_cli.offsets.coder import CorruptOffsets, decode, encode
 
 
@@ -31,6 +32,26 @@ def test_costs_the_entropy() -> None:
 def test_wide_ranges_need_no_wide_table() -> None:
     symbols = np.random.default_rng(0).normal(scale=4000, size=200).round().astype(np.int64)
     assert len(encode([symbols])) < 200 * 2 + 150
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(4090, 70_000), st.integers(1, 17), st.integers(-130, 130), st.integers(0, 99))
+def test_long_sequences_come_back_whatever_their_length_and_range(length: int, size: int, low: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    values = low + draw.choice(size, length, p=draw.dirichlet(np.full(size, 0.3)))
+    (decoded,) = decode(encode([values]), max_symbols=length)
+    assert decoded.tolist() == values.tolist()
+
+
+def test_symbols_that_are_coded_as_one_take_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = np.random.default_rng(0).choice([-1, 0, 1], 50_001, p=[0.05, 0.9, 0.05])
+    together = encode([symbols])
+    monkeypatch.setattr(coder, "_LONG", 1 << 40)
+    alone = encode([symbols])
+    assert together != alone
+    assert abs(len(together) - len(alone)) <= 4
+    for data in (together, alone):  # what was written one by one is read
+        assert decode(data, max_symbols=50_001)[0].tolist() == symbols.tolist()
 
 
 def test_values_beyond_32_bits_come_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -59,6 +60,19 @@ def test_damaged_offsets(coded: bytes, flips: Damage, cut: float) -> None:
     assert all(
         len(found.delta(0, math.prod(shapes[name]))) == math.prod(shapes[name]) for name, found in factors.items()
     )
+
+
+@QUICKLY
+@given(flips=FLIPS, cut=st.one_of(st.just(1.0), st.floats(0, 1)), size=st.sampled_from([2, 3, 16]))
+def test_damaged_sequences_of_symbols_that_are_coded_as_one(flips: Damage, cut: float, size: int) -> None:
+    symbols = np.zeros(5000, dtype=np.int64)
+    symbols[:size] = range(size)
+    data = coder.encode([symbols, symbols[:10]])
+    try:
+        found = coder.decode(hurt(data, flips, cut), max_symbols=6000)
+    except CorruptOffsets:
+        return
+    assert sum(map(len, found)) <= 6000
 
 
 @QUICKLY
