@@ -160,7 +160,8 @@ class Suite:
     def fitted(self, fit: TaskFit, inputs: Mapping[str, RefineInputs]) -> tuple[bytes, Mapping[str, object]]:
         """Coded offsets as ``retex fit-offsets`` makes them, and what its report says of them."""
         threads, progress = thread_count(None), Silent()
-        guard = Guard.of([fit], inputs, self.merged, self.device, self.space.model, threads, progress)
+        without = frozenset({"training"})
+        guard = Guard.of([fit], inputs, self.merged, self.device, self.space.model, threads, progress, without)
         with tempfile.TemporaryDirectory() as name, scratch_beside(f"{name}/offsets", {}, self.device) as scratch:
             fitting = Fitting(self.merged, self.device, threads, scratch, progress, guard=guard)
             [fitted] = fitting.fit([fit])

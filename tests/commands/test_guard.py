@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from retex_cli.commands import guard
 from retex_cli.commands.refine import Refiner
+from retex_cli.models.compare import apart
 from retex_cli.offsets.decompose import Components, decompose
 
 if TYPE_CHECKING:
@@ -129,6 +130,17 @@ def test_what_is_nearer_by_chance_gives_way_on_inputs_of_the_task() -> None:
         assert not better.worse(smaller, doubt.smaller, doubt.errors)
 
 
+def test_trained_offsets_may_be_further_off_on_most_inputs_if_they_are_on_none_by_much() -> None:
+    smaller = torch.full((256,), 1e-5)
+    smaller[::16] = 2.0
+    trained = torch.full((256,), 2e-5)
+    by_ratios, summed = (guard._Tried(b"", 2, trained, summed=each) for each in (False, True))
+    assert by_ratios.worse(guard._Tried(b"", 1, smaller), guard.OWN.smaller, guard.OWN.errors)
+    assert not summed.worse(guard._Tried(b"", 1, smaller, summed=True), guard.TRAINED.smaller, guard.TRAINED.errors)
+    assert summed.mean == pytest.approx(2e-5)
+    assert guard._Tried(b"", 1, smaller, summed=True).worse(summed, guard.TRAINED.smaller, guard.TRAINED.errors)
+
+
 @pytest.mark.parametrize("more", [(), ("--refine", "--inputs", "far=inputs.safetensors")])
 def test_a_smaller_fit_that_is_kept_is_the_smaller_file_to_the_bit(
     here: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
@@ -150,6 +162,18 @@ def test_a_smaller_fit_that_is_kept_is_the_smaller_file_to_the_bit(
         assert row["kept"]["budget_bytes"] == RUNG
         files.append(load_file("out.safetensors")["offsets/far"])
     assert torch.equal(*files)
+
+
+@pytest.mark.parametrize(("more", "asked"), [((), True), (("--without", "training"), False)])
+def test_trained_offsets_are_judged_by_what_they_were_trained_to_lessen(
+    here: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], asked: bool
+) -> None:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"image": images}, here / "inputs.safetensors")
+    judged = []
+    monkeypatch.setattr(guard, "diverged", lambda found, wanted: judged.append(1) or apart(found, wanted))
+    fit(retex, "far", "5%", "--refine", "--inputs", "far=inputs.safetensors", *more)
+    assert bool(judged) == asked
 
 
 RUNG = int(0.02 * 4 * sum(tensor.numel() for tensor in weights(0).values()))

@@ -124,3 +124,9 @@ def test_blended_images_stay_what_they_are(dtype: torch.dtype) -> None:
     assert images.min() <= found.min() <= found.max() <= images.max()
     tokens = {"input_ids": torch.ones(2, 3, 4, dtype=torch.int64)}
     assert mixed(tokens, torch.Generator()) is tokens
+
+
+def test_finer_files_take_smaller_steps() -> None:
+    schedule = Schedule(steps=1, batch_size=1, rate=0.1, falls=2)
+    assert schedule.finer(1.0) == schedule
+    assert schedule.finer(0.5).rate == pytest.approx(0.025)

@@ -24,7 +24,7 @@ from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers
-from retex_cli.models.compare import apart, thinned
+from retex_cli.models.compare import apart, diverged, thinned
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects, normalises
 from retex_cli.models.matched import GROUP, STEPS, matched
@@ -74,8 +74,9 @@ quickly made."""
 
 @dataclass(frozen=True)
 class Choice:
-    """What was kept of a fit: ``data``, fitted to ``budget`` bytes (0: none at all), and in the geometric mean over
-    ``inputs`` how far answers are from the expert's with it, with the whole first fit and with merged weights alone."""
+    """What was kept of a fit: ``data``, fitted to ``budget`` bytes (0: none at all), and in the mean over ``inputs``
+    (see ``_Tried``) how far answers are from the expert's with it, with the whole first fit and with merged weights
+    alone."""
 
     data: bytes
     budget: int
@@ -94,13 +95,14 @@ class Choice:
 class Guard:
     """Chooses what to keep of every fit to ``merged``. ``alone``: the merged weights that no fit may be worse than;
     those of ``merged`` have in them what offsets have in common. ``inputs``: tasks' own, where they are read anyway;
-    ``without``: see ``fit_parts``."""
+    ``trained``: whether fits were trained on them; ``without``: see ``fit_parts``."""
 
     models: ExpertModels
     merged: Checkpoint
     alone: Checkpoint
     threads: int
     inputs: Mapping[str, Sequence[Example]]
+    trained: bool = False
     without: frozenset[str] = frozenset()
     _refused: list[str] = field(default_factory=list)
     _doubted: list[str] = field(default_factory=list)
@@ -121,7 +123,9 @@ class Guard:
             return None
         experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
         inputs = {task: each.rows for task, each in refine.items()}
-        return cls(ExpertModels(experts, alignments, device, model), merged, alone or merged, threads, inputs, without)
+        trained = bool(refine) and "training" not in without
+        models = ExpertModels(experts, alignments, device, model)
+        return cls(models, merged, alone or merged, threads, inputs, trained, without)
 
     def work(self, task: str) -> int:
         """Steps that making inputs for a task's network takes, if it can be run: see ``matched``."""
@@ -166,22 +170,32 @@ def _only_weights(progress: Progress, why: str) -> None:
 
 @dataclass(frozen=True)
 class _Tried:
-    """Coded offsets, the budget they were fitted to, and the distance of each input's answer from the expert's."""
+    """Coded offsets, the budget they were fitted to, and the distance of each input's answer from the expert's.
+
+    Distances count by their ratios, so that no single input decides; ``summed``, as they are, as in training.
+    """
 
     data: bytes
     budget: int
     distances: Tensor
+    summed: bool = False
 
     @property
     def mean(self) -> float:
-        """Geometric: no single input decides."""
-        return math.exp(float(self.distances.log().mean()))
+        """Geometric, of what is summed arithmetic."""
+        mean = float(self._scores.mean())
+        return mean if self.summed else math.exp(mean)
+
+    @property
+    def _scores(self) -> Tensor:
+        return self.distances if self.summed else self.distances.log()
 
     def worse(self, other: _Tried, factor: float, errors: float) -> bool:
-        """Whether answers are more than ``factor`` times as far away, beyond so many standard ``errors``."""
-        ratios = (self.distances / other.distances).log()
-        error = float(ratios.std()) / math.sqrt(len(ratios))
-        return float(ratios.mean()) > math.log(factor) + errors * error
+        """Whether answers are more than ``factor`` times as far away, beyond so many standard ``errors``; of what is
+        summed, whether they are further by more than these."""
+        further = self._scores - other._scores
+        error = float(further.std()) / math.sqrt(len(further))
+        return float(further.mean()) > (0 if self.summed else math.log(factor)) + errors * error
 
 
 @dataclass(frozen=True)
@@ -201,6 +215,10 @@ MADE_UNSTEADY = _Doubt(smaller=UNSURE, merged=1 / SURE, errors=CLEAR)
 """Where nothing is normalised."""
 OWN = _Doubt(smaller=1.0, merged=1.0, errors=-CLEAR)
 """On inputs of the task more offsets have to be surely nearer: fewer are a smaller file to the bit, so not worse."""
+
+
+TRAINED = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
+"""Of offsets that were trained on these inputs the mean divergence decides, which training lessens many times over."""
 
 
 class _Trial:
@@ -224,7 +242,7 @@ class _Trial:
     def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Example], _Doubt]:
         """What the network, which holds the expert, is asked, and how far its answers are believed."""
         if given := self._guard.inputs.get(self._fit.task):
-            return given, OWN
+            return given, TRAINED if self._guard.trained else OWN
         made = probes(self._network)
         if made and (fitting := matched(self._network, made, self._guard.threads, progress)):
             return fitting, MATCHED
@@ -235,7 +253,7 @@ class _Trial:
         layout, whole = layout_of(self._guard.merged), first.budget
         merged = self._tried(OffsetFitter(layout, 0).encode({}), 0, self._guard.alone)
         kept, doubt = self._tried(first.data, whole), self._doubt
-        untouched = kept.mean
+        untouched, made_up = kept.mean, doubt not in (OWN, TRAINED)
 
         def made(budget: int, ways: Sequence[Mapping[str, float]]) -> list[_Tried]:
             return [self._tried(fresh(budget, weights), budget) for weights in ways]
@@ -245,12 +263,12 @@ class _Trial:
 
         def ordinary(smaller: _Tried) -> bool:
             """Whether to look no further."""
-            return doubt is not OWN and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
+            return made_up and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
 
         try:
             kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
             for rung in _rungs(layout, whole):
-                quickly = len(self._ways) == 1 and doubt is not OWN and kept.budget == whole
+                quickly = len(self._ways) == 1 and made_up and kept.budget == whole
                 if quickly and ordinary(self._tried(trimmed(rung), rung)):
                     break
                 smaller = min(made(rung, self._ways), key=_mean)
@@ -280,6 +298,8 @@ class _Trial:
             place = own.get(self._network.own_name(theirs))
             if place is not None:  # in place, as a second copy would count; an expert may have more rows
                 (place[: len(value)] if value.ndim else place).copy_(value)
+        if self._doubt is TRAINED:
+            return _Tried(data, budget, diverged(self._answers(), self._wanted), summed=True)
         return _Tried(data, budget, apart(self._answers(), self._wanted))
 
     def _answers(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,9 +32,8 @@ from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
-TEXTS = Schedule(steps=320, batch_size=16, rate=0.04)
+TEXTS = Schedule(steps=640, batch_size=8, rate=0.1, falls=2)
 OTHERS = Schedule(steps=480, batch_size=16, rate=0.03)
-"""Rates are for offsets of which nothing is kept yet: the finer a file is, the smaller are the steps that help it."""
 MEASURED = 0.75
 """How much measured statistics count beside the expert's own: those of a network that is far off are partly errors."""
 SHARE = 0.99
@@ -131,7 +130,7 @@ class Refiner:
         except BudgetTooSmall:
             return fitter.finish()  # one component: nothing to train
         trainable, schedule = Trainable(kept, fitter.pivots), self._schedule(fit.task)
-        schedule = replace(schedule, rate=schedule.rate * fitter.left_out(kept))
+        schedule = schedule.finer(fitter.left_out(kept))
         self.models.load_merged(network, fit.task, self._merged(fit))
         student = Student(network.module)
         names = {name: network.own_name(fit.alignment.shared[name]) for name in trainable.names}

@@ -8,6 +8,9 @@ from torch import Tensor
 SAME = 1e-12
 """Nearer than this, as a share of an answer's variance, answers are the same."""
 
+EQUAL = 1e-6
+"""Probabilities that diverge less are the same: float32 has hardly more."""
+
 MOST = 1 << 16
 """Numbers of one answer that are compared: more, as a language model's, take memory and say nothing new."""
 
@@ -35,3 +38,16 @@ def apart(found: Tensor, wanted: Tensor) -> Tensor:
     spread = centred.square().sum(1) if over else centred.square().mean().expand(len(theirs))
     far = (ours - wanted_part).square().sum(1) / spread.clamp_min(1e-30)
     return far.nan_to_num(nan=torch.inf).clamp(SAME, 1 / SAME)
+
+
+def diverged(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of every input: float32 [n], the divergence of its class probabilities from the wanted ones, logits [n, classes];
+    of other answers as ``apart``.
+
+    Training lessens it, and lets logits go of classes that are out of the question, which ``apart`` counts like others.
+    """
+    if wanted.ndim != 2 or wanted.shape[1] < 2:
+        return apart(found, wanted)
+    ours, theirs = found.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    far = (theirs.exp() * (theirs - ours)).sum(1)
+    return far.nan_to_num(nan=torch.inf).clamp(EQUAL, 1 / EQUAL)

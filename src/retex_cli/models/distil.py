@@ -58,12 +58,20 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` of ``batch_size`` inputs; Adam (arXiv 1412.6980) with a rate that falls to nothing."""
+    """``steps`` of ``batch_size`` inputs; Adam (arXiv 1412.6980) with a rate that falls to nothing.
+
+    ``rate`` is for offsets of which nothing is kept yet; it falls with the power ``falls`` of what is left out.
+    """
 
     steps: int
     batch_size: int
     rate: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
+    falls: float = 1.0
+
+    def finer(self, left_out: float) -> Schedule:
+        """For offsets that leave out this share of the energy: the finer a file, the smaller the steps that help it."""
+        return replace(self, rate=self.rate * left_out**self.falls)
 
 
 @dataclass(frozen=True)
