@@ -215,8 +215,6 @@ MADE_UNSTEADY = _Doubt(smaller=UNSURE, merged=1 / SURE, errors=CLEAR)
 """Where nothing is normalised."""
 OWN = _Doubt(smaller=1.0, merged=1.0, errors=-CLEAR)
 """On inputs of the task more offsets have to be surely nearer: fewer are a smaller file to the bit, so not worse."""
-
-
 TRAINED = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
 """Of offsets that were trained on these inputs the mean divergence decides, which training lessens many times over."""
 
@@ -253,7 +251,7 @@ class _Trial:
         layout, whole = layout_of(self._guard.merged), first.budget
         merged = self._tried(OffsetFitter(layout, 0).encode({}), 0, self._guard.alone)
         kept, doubt = self._tried(first.data, whole), self._doubt
-        untouched, made_up = kept.mean, doubt not in (OWN, TRAINED)
+        untouched = kept.mean
 
         def made(budget: int, ways: Sequence[Mapping[str, float]]) -> list[_Tried]:
             return [self._tried(fresh(budget, weights), budget) for weights in ways]
@@ -263,12 +261,12 @@ class _Trial:
 
         def ordinary(smaller: _Tried) -> bool:
             """Whether to look no further."""
-            return made_up and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
+            return doubt is not OWN and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
 
         try:
             kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
             for rung in _rungs(layout, whole):
-                quickly = len(self._ways) == 1 and made_up and kept.budget == whole
+                quickly = len(self._ways) == 1 and doubt is not OWN and kept.budget == whole
                 if quickly and ordinary(self._tried(trimmed(rung), rung)):
                     break
                 smaller = min(made(rung, self._ways), key=_mean)
