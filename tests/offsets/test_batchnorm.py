@@ -72,7 +72,7 @@ def test_a_fit_and_a_training_code_the_bias_that_goes_with_the_coded_variance() 
 
     def far(data: bytes) -> float:
         factors = decode(data, layout)
-        bias, variance = (factors[name].delta(0, 200) for name in names)
+        bias, variance = (factors[name].add_to(torch.zeros(200), 0) for name in names)
         return float((bias - found.pivots[NORM.bias].offset(variance)).norm() / bias.norm())
 
     assert far(fitter.finish()) < 0.05

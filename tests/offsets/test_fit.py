@@ -53,7 +53,8 @@ def recovered(data: bytes) -> dict[str, torch.Tensor]:
 
 def delta(factors: Mapping[str, Factors], name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A decoded offset; zeros where there is none."""
-    return factors[name].delta(0, math.prod(shape)).view(shape) if name in factors else torch.zeros(shape)
+    zeros = torch.zeros(shape)
+    return factors[name].add_to(zeros.view(-1), 0).view(shape) if name in factors else zeros
 
 
 def error(deltas: dict[str, torch.Tensor], data: bytes) -> float:
@@ -141,7 +142,7 @@ def test_the_predictor_is_linear_in_the_task_embedding(deltas: dict[str, torch.T
 def offset(predictor: Predictor, name: str, embedding: dict[str, float]) -> torch.Tensor:
     found = predictor.offset(name, embedding, CPU)
     assert found is not None
-    return found.delta(0, math.prod(SHAPES[name])).view(SHAPES[name])
+    return found.add_to(torch.zeros(math.prod(SHAPES[name])), 0).view(SHAPES[name])
 
 
 @pytest.mark.parametrize("name", ["a.weight", "b.bias", "c.conv", "f.wide"])
@@ -149,7 +150,8 @@ def test_it_is_added_block_by_block_where_it_is_wanted(
     deltas: dict[str, torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor, merged = Predictor({"x": dict(decode(fit(deltas, 5000), LAYOUT))}), torch.ones(SHAPES[name])
-    wanted = merged + offset(predictor, name, {"x": 1.0})
+    wanted = predictor.add_to(name, merged, {"x": 1.0}, CPU)
+    torch.testing.assert_close(wanted, merged + offset(predictor, name, {"x": 1.0}))
     for _ in range(2):  # what is kept stays as it is
         assert torch.equal(predictor.add_to(name, merged, {"x": 1.0}, CPU), wanted)
     monkeypatch.setattr(blocks, "BLOCK", 70)
@@ -158,6 +160,8 @@ def test_it_is_added_block_by_block_where_it_is_wanted(
     assert found is not None
     assert found.add_to(merged.view(-1), 0, out).data_ptr() == out.data_ptr()
     assert torch.equal(out.view(merged.shape), wanted)
+    assert found.add_to(merged.view(-1), 0, merged.view(-1)).data_ptr() == merged.data_ptr()
+    assert torch.equal(merged, wanted)
 
 
 def test_what_no_task_has_stays_the_tensor_it_is(deltas: dict[str, torch.Tensor]) -> None:

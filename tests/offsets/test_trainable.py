@@ -35,7 +35,7 @@ def test_the_training_computes_with_decoded_values(fitter: OffsetFitter) -> None
     for name in trainable.names:
         left, right = trainable.factors(name)
         ours = left if right is None else left @ right
-        theirs = back[name].delta(0, ours.numel()).view(ours.shape)
+        theirs = back[name].add_to(torch.zeros(ours.numel()), 0).view(ours.shape)
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 

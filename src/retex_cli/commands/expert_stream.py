@@ -105,11 +105,12 @@ def _make(job: _Job, recovery: Recovery, writer: Writer, hashes: _Hashes) -> tup
     rests = []
     for block, claim in job.blocks:
         merged = recovery.file.source(job.part, block)
-        value = block.make(merged, None)
+        keep = hashes.want(job.part)
+        in_place = not keep and recovery.device.type == "cpu" and merged.dtype == job.part.spec.dtype == torch.float32
+        value = block.make(merged, merged if in_place else None)
         data = value.to("cpu", job.part.spec.dtype)
         if not writer.in_order:
             writer.fill(claim, data)
-        keep = hashes.want(job.part)
         rests.append(_Rest(merged if keep else None, value if keep else None, data if writer.in_order else None))
     return job, rests
 

@@ -27,21 +27,18 @@ class Offset:
     name: str
     shares: Sequence[tuple[float, Factors]]
 
-    def delta(self, start: int, stop: int) -> Tensor:
-        """Elements ``[start, stop)`` of it (see ``Factors.delta``), float32."""
-        total: Tensor | None = None
-        for share, factors in self.shares:
-            part = factors.delta(start, stop)
-            if share != 1:
-                part.mul_(share)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
-
     def add_to(self, merged: Tensor, start: int, out: Tensor | None = None) -> Tensor:
-        """The merged tensor's elements from ``start`` on, flat, with their offset: float32, in ``out`` where given."""
-        delta = self.delta(start, start + merged.numel())
-        value = torch.add(to_domain(self.name, merged.to(delta.device)), delta, out=delta if out is None else out)
+        """The merged tensor's elements from ``start`` on, flat, with their offset: float32, in ``out`` where given.
+
+        That may be ``merged``."""
+        device = self.shares[0][1].left.device
+        value = to_domain(self.name, merged.to(device))
+        if out is None:
+            value = value.clone() if value is merged else value
+        elif out is not value:
+            value = out.copy_(value)
+        for share, factors in self.shares:
+            factors.add_to(value, start, share)
         return from_domain(self.name, value)
 
 

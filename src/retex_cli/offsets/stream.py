@@ -115,18 +115,19 @@ class Factors:
     left: Tensor
     right: Tensor | None
 
-    def delta(self, start: int, stop: int) -> Tensor:
-        """Elements ``[start, stop)`` of the flattened offset, float32 on the factors' device, in memory of its own:
-        whole rows, or part of one.
+    def add_to(self, total: Tensor, start: int, share: float = 1.0) -> Tensor:
+        """``total``, float32 and flat on the factors' device, with ``share`` of the offset's elements from ``start`` on
+        added to it in place: whole rows, or part of one.
 
-        A product's bits depend on its shape, so what must have the same ones asks for the same elements.
+        The bits of a sum depend on its shape, so what must have the same ones asks for the same elements.
         """
         if self.right is None:
-            return self.left.reshape(-1)[start:stop].clone()
+            return total.add_(self.left.reshape(-1)[start : start + len(total)], alpha=share)
         row, column = divmod(start, self.right.shape[1])
-        columns = min(stop - start, self.right.shape[1])
-        left, right = self.left[row : row + (stop - start) // columns], self.right[:, column : column + columns]
-        return torch.mm(left, right).view(-1)
+        columns = min(len(total), self.right.shape[1])
+        left, right = self.left[row : row + len(total) // columns], self.right[:, column : column + columns]
+        total.view(len(left), columns).addmm_(left, right, alpha=share)
+        return total
 
     @property
     def nbytes(self) -> int:
