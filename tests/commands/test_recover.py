@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from retex_cli.models.device import has_fast_bf16
 
 if TYPE_CHECKING:
     from tests.conftest import Retex
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ARTEFACTS = ("merged", "offsets.safetensors", "signatures.safetensors")
 
@@ -71,7 +73,7 @@ def test_transformers_gives_the_logits_that_eval_measured(made: Path, retex: Ret
         texts = [json.loads(line)["text"] for line in (made / f"data/{task}-test.jsonl").read_text().splitlines()]
         model = AutoModelForSequenceClassification.from_pretrained(f"recovered/{task}").eval()
         tokenizer = AutoTokenizer.from_pretrained(f"recovered/{task}")
-        fast = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        fast = has_fast_bf16(torch.device("cpu"))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
             logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits.float()
         tolerance = 0.05 if fast else 1e-4

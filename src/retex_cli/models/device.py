@@ -27,4 +27,5 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones on this device."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
