@@ -32,7 +32,7 @@ from retex_cli.progress import Progress, Silent
 
 SAMPLES = 256
 """Unlabelled inputs of a task that are looked at."""
-TEXTS = Schedule(steps=640, batch_size=8, rate=0.1, falls=2)
+TEXTS = Schedule(steps=1280, batch_size=8, features=40, rate=0.1, falls=2)
 OTHERS = Schedule(steps=480, batch_size=16, rate=0.03)
 MEASURED = 0.75
 """How much measured statistics count beside the expert's own: those of a network that is far off are partly errors."""

@@ -1,6 +1,6 @@
 """Training without labels: a network whose weights are being coded learns to answer as the network it stands for.
 
-Hidden features, layer by layer, and answers are matched on a task's inputs, made into more by mixing: images are
+What every layer with weights gives, and answers, are matched on a task's inputs, made into more by mixing: images are
 blended, words of texts replaced by those of other texts. Every batch is halved in one way whatever the number of
 threads, so the result is the same on any.
 """
@@ -8,7 +8,7 @@ threads, so the result is the same on any.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.encoder import feature_layers
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
 from retex_cli.models.student import Factors, Student
@@ -32,8 +31,6 @@ SETTLE = 16
 WARMUP = 10
 BEGINNING = 0.5
 """How often a text longer than the network reads is read from its beginning, as it is in use."""
-FEATURES = 10.0
-"""How much the loss of hidden features counts beside that of answers: they say more of each input."""
 REPLACED = 0.3
 """Share of a text's words that give way to others: what is learnt of few inputs by heart is of no use elsewhere."""
 SHORT = 128
@@ -61,10 +58,12 @@ class Schedule:
     """``steps`` of ``batch_size`` inputs; Adam (arXiv 1412.6980) with a rate that falls to nothing.
 
     ``rate`` is for offsets of which nothing is kept yet; it falls with the power ``falls`` of what is left out.
+    ``features``: how much their loss counts beside that of answers, as they say more of each input.
     """
 
     steps: int
     batch_size: int
+    features: float = 10.0
     rate: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     falls: float = 1.0
@@ -112,7 +111,7 @@ def distil(
         leaves = {name: _leaf(value) for name, value in values.items()}
         student.take(leaves)
         with _attention(inputs, network.device):
-            loss = _backward(watched, inputs, list(_flat(leaves)), threads)
+            loss = _backward(watched, inputs, list(_flat(leaves)), schedule.features, threads)
         torch.autograd.backward(list(_flat(values)), [leaf.grad for leaf in _flat(leaves)])
         optimiser.step()
         optimiser.zero_grad()
@@ -203,8 +202,10 @@ def mixed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     return mixed
 
 
-def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[Tensor], threads: int) -> Loss:
-    """Fill ``grad`` of the leaves, adding up the halves in their order."""
+def _backward(
+    watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[Tensor], weight: float, threads: int
+) -> Loss:
+    """Fill ``grad`` of the leaves, adding up the halves in their order; features count ``weight``."""
     teacher, student = watched
     count = len(next(iter(inputs.values())))
     cut = -(-count // HALVES)
@@ -220,7 +221,7 @@ def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[T
         features = _feature_loss(found, wanted, part.get("attention_mask"))
         answers = answer_loss(answer, wanted_answer)
         share = len(next(iter(part.values()))) / count
-        gradients = torch.autograd.grad(share * (FEATURES * features + answers), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(share * (weight * features + answers), leaves, allow_unused=True)
         return list(gradients), Loss(share * float(features.detach()), share * float(answers.detach()))
 
     total = Loss(0.0, 0.0)
@@ -233,12 +234,15 @@ def _backward(watched: tuple[_Watched, _Watched], inputs: Inputs, leaves: list[T
 
 
 def _feature_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Layers whose output is the same for all inputs say nothing."""
     total = torch.zeros(())
     for ours, theirs in zip(found, wanted, strict=True):
         a, b = ours.float(), theirs.float()
         if mask is not None and mask.shape == b.shape[: mask.ndim]:
             a, b = a[mask.bool()], b[mask.bool()]
-        total = total.to(a.device) + (a - b).square().sum() / (b - b.mean(0)).square().sum().clamp_min(1e-12)
+        spread = (b - b.mean(0)).square().sum()
+        error = (a - b).square().sum() / spread.clamp_min(1e-12)
+        total = total.to(a.device) + error * (spread > 0)
     return total / max(len(found), 1)
 
 
@@ -256,33 +260,27 @@ class _Watched:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.device = network.device
-        convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
+        layers = [part for part in network.module.modules() if next(part.parameters(recurse=False), None) is not None]
         # gradients of convolutions take twice the time in bfloat16 on a CPU
+        convolves = any(isinstance(layer, _ConvNd) for layer in layers)
         self.fast_bf16 = network.fast_bf16 and not (convolves and network.device.type == "cpu")
         self._run = threading.local()
-        self._names = [] if network.gives_hidden_states else feature_layers(network.module)
-        for name in self._names:
-            network.module.get_submodule(name).register_forward_hook(self._hook())
+        for layer in layers:
+            layer.register_forward_hook(self._keep)
 
     def run(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
-        """Features, each [n, …], and the answer."""
-        if self._network.gives_hidden_states:
-            output = self._network.module(**inputs, output_hidden_states=True)
-            states = getattr(output, "hidden_states", None) or ()
-            return list(states[1:]), answer_of(output)
+        """What layers with weights of their own give, each [n, …], in the order they run; and the answer."""
         features: list[Tensor] = []
         self._run.features = features
-        output = self._network.module(**inputs)
+        answer = answer_of(self._network.module(**inputs))
         self._run.features = None
-        return features, answer_of(output)
+        count = len(next(iter(inputs.values())))
+        return [one for one in features if one is not answer and one.ndim and len(one) == count], answer
 
-    def _hook(self) -> Callable[[nn.Module, object, object], None]:
-        def keep(module: nn.Module, arguments: object, output: object) -> None:
-            features = getattr(self._run, "features", None)
-            if features is not None and isinstance(output, Tensor):
-                features.append(output)
-
-        return keep
+    def _keep(self, layer: nn.Module, arguments: object, output: object) -> None:
+        features: list[Tensor] | None = getattr(self._run, "features", None)
+        if features is not None and isinstance(output, Tensor) and output.is_floating_point():
+            features.append(output)
 
 
 def answer_of(output: object) -> Tensor:
