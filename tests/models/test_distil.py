@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from retex_cli.io.inputs import Example
-from retex_cli.models.distil import REPLACED, Loss, Schedule, _reworded, answer_loss, distil, mixed
+from retex_cli.models.distil import (
+    REPLACED,
+    Loss,
+    Schedule,
+    _feature_loss,
+    _reworded,
+    _Watched,
+    answer_loss,
+    distil,
+    mixed,
+)
 from retex_cli.models.network import Network
 from retex_cli.models.student import Factors, Student
 from retex_cli.progress import Silent
@@ -87,6 +97,31 @@ def test_threads_change_nothing(tmp_path: Path) -> None:
     assert one == two
     assert torch.equal(a.left, b.left)
     assert torch.equal(a.right, b.right)
+
+
+def test_features_are_what_layers_with_weights_give(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    network = Network(tmp_path, torch.device("cpu"), model=f"{__name__}:build")
+    values = torch.randn(4, 6)
+    features, answer = _Watched(network).run({"values": values})
+    first = network.module.layers[0](values)
+    assert len(features) == 2  # the head's output is the answer
+    assert torch.equal(features[0], first)
+    assert torch.equal(features[1], network.module.layers[1](first.tanh()))
+    assert torch.equal(answer, network.module(values))
+
+
+def test_features_are_compared_by_their_spread_where_they_have_any() -> None:
+    wanted, same = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 5, 3)
+    found = wanted + 1
+    spread = (wanted - wanted.mean(0)).square().sum()
+    assert float(_feature_loss([found], [wanted], None)) == pytest.approx(float(wanted.numel() / spread))
+    assert float(_feature_loss([found, same + 1], [wanted, same], None)) == pytest.approx(float(30 / spread))
+    mask = torch.ones(4, 5)
+    mask[:, 3:] = 0
+    found = wanted.clone()
+    found[:, 3:] += 1
+    assert float(_feature_loss([found], [wanted], mask)) == 0
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1), (4, 2, 5, 5)])
