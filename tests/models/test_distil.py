@@ -16,6 +16,7 @@ from retex_cli.models.distil import (
     Schedule,
     _feature_loss,
     _reworded,
+    _telling,
     _Watched,
     answer_loss,
     distil,
@@ -109,6 +110,13 @@ def test_features_are_what_layers_with_weights_give(tmp_path: Path) -> None:
     assert torch.equal(features[0], first)
     assert torch.equal(features[1], network.module.layers[1](first.tanh()))
     assert torch.equal(answer, network.module(values))
+
+
+def test_features_of_a_network_with_batchnorm_are_its_blocks() -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4))
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), *blocks)
+    assert _telling(module) == list(module)
+    assert _telling(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))[1].out_features == 1
 
 
 def test_features_are_compared_by_their_spread_where_they_have_any() -> None:

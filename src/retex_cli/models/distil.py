@@ -1,7 +1,7 @@
 """Training without labels: a network whose weights are being coded learns to answer as the network it stands for.
 
-What every layer with weights gives, and answers, are matched on a task's inputs, made into more by mixing: images are
-blended, words of texts replaced by those of other texts. Every batch is halved in one way whatever the number of
+What layers give, and answers, are matched on a task's inputs, made into more by mixing: images are blended, words of
+texts replaced by those of other texts. Every batch is halved in one way whatever the number of
 threads, so the result is the same on any.
 """
 
@@ -16,9 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from retex_cli.io.inputs import Example
+from retex_cli.models.encoder import feature_layers
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
 from retex_cli.models.student import Factors, Student
@@ -260,16 +262,15 @@ class _Watched:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.device = network.device
-        layers = [part for part in network.module.modules() if next(part.parameters(recurse=False), None) is not None]
         # gradients of convolutions take twice the time in bfloat16 on a CPU
-        convolves = any(isinstance(layer, _ConvNd) for layer in layers)
+        convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
         self.fast_bf16 = network.fast_bf16 and not (convolves and network.device.type == "cpu")
         self._run = threading.local()
-        for layer in layers:
+        for layer in _telling(network.module):
             layer.register_forward_hook(self._keep)
 
     def run(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
-        """What layers with weights of their own give, each [n, …], in the order they run; and the answer."""
+        """What layers give, each [n, …], in the order they run; and the answer."""
         features: list[Tensor] = []
         self._run.features = features
         answer = answer_of(self._network.module(**inputs))
@@ -281,6 +282,15 @@ class _Watched:
         features: list[Tensor] | None = getattr(self._run, "features", None)
         if features is not None and isinstance(output, Tensor) and output.is_floating_point():
             features.append(output)
+
+
+def _telling(module: nn.Module) -> list[nn.Module]:
+    """Layers whose outputs are matched: all that have weights; whole blocks where there is BatchNorm, before which the
+    scale of a channel means nothing."""
+    layers = list(module.modules())
+    if any(isinstance(layer, _BatchNorm) for layer in layers):
+        return [module.get_submodule(name) for name in feature_layers(module)]
+    return [layer for layer in layers if next(layer.parameters(recurse=False), None) is not None]
 
 
 def answer_of(output: object) -> Tensor:
