@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import ResNetConfig
 
 from retex_cli.io.inputs import Example
 from retex_cli.models.distil import (
@@ -16,7 +17,6 @@ from retex_cli.models.distil import (
     Schedule,
     _feature_loss,
     _reworded,
-    _telling,
     _Watched,
     answer_loss,
     distil,
@@ -112,11 +112,43 @@ def test_features_are_what_layers_with_weights_give(tmp_path: Path) -> None:
     assert torch.equal(answer, network.module(values))
 
 
-def test_features_of_a_network_with_batchnorm_are_its_blocks() -> None:
-    blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4))
-    module = nn.Sequential(nn.Conv2d(3, 3, 1), *blocks)
-    assert _telling(module) == list(module)
-    assert _telling(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))[1].out_features == 1
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4))
+        )
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found: Tensor = self.head(self.blocks(pixel_values).mean((2, 3)))
+        return found
+
+
+def normalised(config: object) -> nn.Module:
+    del config
+    return Normalised().eval()
+
+
+def test_features_of_a_network_with_batchnorm_are_its_blocks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    network = Network(tmp_path, torch.device("cpu"), model=f"{__name__}:normalised")
+    images = torch.randn(4, 3, 5, 5)
+    features, _ = _Watched(network).run({"pixel_values": images})
+    first = network.module.blocks[0](images)
+    assert len(features) == 4
+    assert torch.equal(features[0], first)
+    assert torch.equal(features[1], network.module.blocks[1](first))
+
+
+def test_transformers_gives_the_blocks_of_its_own_networks_with_batchnorm(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8, 8], depths=[1, 2, 1], layer_type="basic", num_labels=2)
+    config.architectures = ["ResNetForImageClassification"]
+    config.save_pretrained(tmp_path)
+    network = Network(tmp_path, torch.device("cpu"))
+    features, answer = _Watched(network).run({"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert [one.shape[1] for one in features] == [4, 8, 8]  # every stage's, not those of the longest alone
+    assert answer.shape == (2, 2)
 
 
 def test_features_are_compared_by_their_spread_where_they_have_any() -> None:

@@ -1,8 +1,8 @@
 """Training without labels: a network whose weights are being coded learns to answer as the network it stands for.
 
 What layers give, and answers, are matched on a task's inputs, made into more by mixing: images are blended, words of
-texts replaced by those of other texts. Every batch is halved in one way whatever the number of
-threads, so the result is the same on any.
+texts replaced by those of other texts. Every batch is halved in one way whatever the number of threads, so the result
+is the same on any.
 """
 
 from __future__ import annotations
@@ -266,11 +266,18 @@ class _Watched:
         convolves = any(isinstance(layer, _ConvNd) for layer in network.module.modules())
         self.fast_bf16 = network.fast_bf16 and not (convolves and network.device.type == "cpu")
         self._run = threading.local()
-        for layer in _telling(network.module):
+        # before BatchNorm the scale of a channel means nothing: there whole blocks are matched
+        blocks = any(isinstance(layer, _BatchNorm) for layer in network.module.modules())
+        self._gives_states = blocks and network.gives_hidden_states
+        layers = _blocks(network.module) if blocks else _weighted(network.module)
+        for layer in [] if self._gives_states else layers:
             layer.register_forward_hook(self._keep)
 
     def run(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         """What layers give, each [n, …], in the order they run; and the answer."""
+        if self._gives_states:
+            output = self._network.module(**inputs, output_hidden_states=True)
+            return list(output.hidden_states[1:]), answer_of(output)
         features: list[Tensor] = []
         self._run.features = features
         answer = answer_of(self._network.module(**inputs))
@@ -284,13 +291,13 @@ class _Watched:
             features.append(output)
 
 
-def _telling(module: nn.Module) -> list[nn.Module]:
-    """Layers whose outputs are matched: all that have weights; whole blocks where there is BatchNorm, before which the
-    scale of a channel means nothing."""
-    layers = list(module.modules())
-    if any(isinstance(layer, _BatchNorm) for layer in layers):
-        return [module.get_submodule(name) for name in feature_layers(module)]
-    return [layer for layer in layers if next(layer.parameters(recurse=False), None) is not None]
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [module.get_submodule(name) for name in feature_layers(module)]
+
+
+def _weighted(module: nn.Module) -> list[nn.Module]:
+    """Layers with weights of their own."""
+    return [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
 
 
 def answer_of(output: object) -> Tensor:
