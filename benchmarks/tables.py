@@ -193,8 +193,8 @@ def _recovery() -> str:
     text = (
         f"**Recovering** a MiniLM expert of {result['merged_mb']:.0f} MB: {recover['wall_s']:.2f} s "
         f"({recover['cpu_s']:.2f} s of CPU), where a process that only starts and plans takes {start['wall_s']:.2f} s "
-        f"({start['cpu_s']:.2f} s; what recovery takes beyond it {result['beyond_start_s']:.2f} s) and a plain copy that is "
-        f"on the disk {result['copy_s']:.3f} s, medians of processes in turn. Peak anonymous memory: {held}. "
+        f"({start['cpu_s']:.2f} s; what recovery takes beyond it {result['beyond_start_s']:.2f} s) and a plain copy "
+        f"that is on the disk {result['copy_s']:.3f} s, medians of processes in turn. Peak anonymous memory: {held}. "
         f"The decoder reads {rates} million symbols a second on one core ({factors} up to the factors).\n\n"
     )
     return text + source(name, result) + "\n"
