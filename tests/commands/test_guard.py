@@ -108,7 +108,7 @@ def test_a_bigger_budget_is_never_worse(here: Path, retex: Retex) -> None:
     assert all(row["kept"]["distance"] <= row["kept"]["whole"] for row, _ in rows)
     small, larger, large, _ = rows
     assert all("kept" not in notes and "BatchNorm" not in notes for _, notes in (small, large))
-    assert small[0]["kept"]["inputs"] == 32
+    assert small[0]["kept"]["inputs"] == 32 + 16, "flat images beside those with contrast"
     assert small[0]["kept"]["distance"] < 0.5 * larger[0]["kept"]["whole"], "more weights alone is worse here"
     assert larger[0]["kept"]["budget_bytes"] == small[0]["budget_bytes"]
     assert "than with fewer" in larger[1]
@@ -162,6 +162,37 @@ def test_a_smaller_fit_that_is_kept_is_the_smaller_file_to_the_bit(
         assert row["kept"]["budget_bytes"] == RUNG
         files.append(load_file("out.safetensors")["offsets/far"])
     assert torch.equal(*files)
+
+
+def test_a_fit_that_gives_way_to_merged_weights_gives_way_to_a_smaller_file_that_does_not(
+    here: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the larger file of the two would be the worse."""
+    monkeypatch.setattr(guard._Tried, "worse", lambda tried, other, *_: tried.budget > RUNG and other.budget == 0)
+    files = []
+    for budget in (str(RUNG), "30%"):
+        row, _ = fit(retex, "far", budget)
+        assert row["kept"]["budget_bytes"] == RUNG
+        files.append(load_file("out.safetensors")["offsets/far"])
+    assert torch.equal(*files)
+
+
+def test_what_is_no_better_on_one_kind_of_inputs_gives_way_though_it_is_on_the_other(
+    here: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, _ = fit(retex, "far", "30%")
+    assert row["kept"]["budget_bytes"] == row["budget_bytes"]
+
+    def flat_ones_alike(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        far = apart(found, wanted)
+        assert len(far) == 48
+        far[32:] = 1.0
+        return far
+
+    monkeypatch.setattr(guard, "apart", flat_ones_alike)
+    row, notes = fit(retex, "far", "30%")
+    assert row["kept"]["budget_bytes"] == 0
+    assert "merged weights alone" in notes
 
 
 @pytest.mark.parametrize(("more", "asked"), [((), True), (("--without", "training"), False)])

@@ -11,7 +11,7 @@ from torch import nn
 
 from retex_cli.io.inputs import Example
 from retex_cli.models.compare import apart
-from retex_cli.models.effects import effects, normalises
+from retex_cli.models.effects import effects
 from retex_cli.models.network import Network
 
 
@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
 def build(config: dict[str, object]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)) if config.get("normalises") else Plain()
+    return Plain()
 
 
 @pytest.fixture
@@ -61,9 +61,3 @@ def test_measuring_leaves_no_trace(network: Network) -> None:
     effects(network, [Example(tensors={"image": torch.rand(3, 8, 8)})])
     assert [p.requires_grad for p in network.module.parameters()] == [False, True, True, True]
     assert all(p.grad is None for p in network.module.parameters())
-
-
-def test_layers_that_normalise_are_told_by_their_kind() -> None:
-    assert not normalises(build({}))
-    assert normalises(build({"normalises": True}))
-    assert normalises(nn.Sequential(nn.BatchNorm2d(3)))

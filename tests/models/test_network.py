@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from retex_cli.errors import RetexError, UsageError
 from retex_cli.io.inputs import Example
-from retex_cli.models.network import Network, load_weights
+from retex_cli.models.network import Network, load_weights, normalises
 
 CPU = torch.device("cpu")
 MODULE = """
@@ -189,3 +190,27 @@ def test_a_network_is_given_back_when_nobody_has_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_layers_that_normalise_are_told_by_their_kind() -> None:
+    assert not normalises(nn.Conv2d(3, 3, 1))
+    assert normalises(nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)))
+    assert normalises(nn.Sequential(nn.BatchNorm2d(3)))
+
+
+def layers(config: Mapping[str, str]) -> nn.Module:
+    kinds = {"none": nn.Identity(), "layer": nn.LayerNorm(8), "batch": nn.BatchNorm2d(3)}
+    return nn.Sequential(nn.Conv2d(3, 3, 1), kinds[config["norm"]])
+
+
+@pytest.mark.parametrize(("norm", "fast"), [("layer", True), ("batch", False), ("none", False)])
+def test_bfloat16_is_for_networks_that_normalise_each_input_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str, fast: bool
+) -> None:
+    monkeypatch.setattr("retex_cli.models.network.has_fast_bf16", lambda device: True)
+    (tmp_path / "config.json").write_text(json.dumps({"norm": norm}))
+    network = Network(tmp_path, CPU, model=f"{__name__}:layers")
+    with network.inference():
+        products = network.module[0](torch.ones(1, 3, 8, 8))
+    assert network.fast_bf16 is fast
+    assert (products.dtype is torch.bfloat16) is fast

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from retex_cli.io.inputs import Example
 from retex_cli.models.network import Network
-from retex_cli.models.probes import PROBES, probes
+from retex_cli.models.probes import FLAT, PROBES, flat, probes
 
 
 class Own(nn.Module):
@@ -87,3 +89,32 @@ def test_texts_are_random_tokens_of_the_vocabulary(tiny_models: Path) -> None:
     words = {word for example in made for word in (example.text or "").split()}
     assert {"brake", "stripes"} <= words
     assert not [word for word in words if word.startswith("[")], "special tokens come from the tokenizer"
+
+
+@pytest.mark.parametrize("kind", ["image", "bytes"])
+def test_flat_images_are_those_without_grain_at_a_tenth_of_their_contrast(tmp_path: Path, kind: str) -> None:
+    made = probes(network(tmp_path, kind=kind))
+    found = flat(made)
+    assert len(found) == PROBES / 2
+    step = 1.0 if kind == "bytes" else 1e-6
+    for lively, dull in zip(made[::2], found, strict=True):
+        before, after = lively.tensors["given"], dull.tensors["given"]
+        assert (after.dtype, after.shape) == (before.dtype, before.shape)
+        assert float(after.float().mean()) == pytest.approx(float(before.float().mean()), abs=step)
+        assert float(after.float().std()) == pytest.approx(FLAT * float(before.float().std()), abs=step)
+
+
+def test_flat_images_are_what_an_image_processor_reads(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    [found] = flat([Example(image=image, source="made")])
+    [tensors] = flat([Example(tensors={"image": torch.from_numpy(image).permute(2, 0, 1)}, source="made")])
+    assert isinstance(found.image, np.ndarray)
+    assert found.image.dtype == np.uint8
+    assert found.image.shape == image.shape
+    assert np.array_equal(found.image, tensors.tensors["image"].permute(1, 2, 0).numpy())
+
+
+def test_what_is_no_image_is_never_flat(tmp_path: Path) -> None:
+    assert flat(probes(network(tmp_path, kind="vector"))) == ()
+    assert flat(probes(network(tmp_path, kind="tokens"))) == ()
+    assert flat([Example(text="a dog", source="made")]) == ()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ from retex_cli.io.inputs import Example
 from retex_cli.models.batchnorm import batchnorm_layers
 from retex_cli.models.compare import apart, diverged, thinned
 from retex_cli.models.distil import answer_of
-from retex_cli.models.effects import effects, normalises
+from retex_cli.models.effects import effects
 from retex_cli.models.matched import GROUP, STEPS, matched
+from retex_cli.models.network import normalises
 from retex_cli.models.passes import run
-from retex_cli.models.probes import PROBES, probes
+from retex_cli.models.probes import PROBES, flat, probes
 from retex_cli.models.processor import Inputs
 from retex_cli.offsets.batchnorm import norms
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
@@ -190,6 +192,10 @@ class _Tried:
     def _scores(self) -> Tensor:
         return self.distances if self.summed else self.distances.log()
 
+    def on(self, kind: slice) -> _Tried:
+        """On these inputs alone."""
+        return replace(self, distances=self.distances[kind])
+
     def worse(self, other: _Tried, factor: float, errors: float) -> bool:
         """Whether answers are more than ``factor`` times as far away, beyond so many standard ``errors``; of what is
         summed, whether they are further by more than these."""
@@ -200,8 +206,9 @@ class _Tried:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """How much worse than a ``smaller`` fit, and than ``merged`` weights alone, a fit has to be to give way to them: as
-    factors of its distance, beyond ``errors`` standard errors. Where these are negative it has to be surely better."""
+    """How much worse than a ``smaller`` fit, and than ``merged`` weights alone, a fit has to be to give way to them on
+    some kind of inputs: as factors of its distance, beyond ``errors`` standard errors. Where these are negative it has
+    to be surely better."""
 
     smaller: float
     merged: float
@@ -230,21 +237,24 @@ class _Trial:
         self._network = guard.models.network(fit.task)
         guard.models.load_expert(self._network, fit.task)
         steady = normalises(self._network.module)
-        self._examples, self._doubt = self._asked(steady, progress)
+        kinds, self._doubt = self._asked(steady, progress)
+        self._examples = [example for kind in kinds for example in kind]
         if not self._examples:
             raise RetexError(f"{fit.expert.reference}: nothing tells what its network reads")
+        ends = list(accumulate(len(kind) for kind in kinds))
+        self._kinds = [slice(end - len(kind), end) for kind, end in zip(kinds, ends, strict=True) if kind]
         self._wanted = self._answers()
         self._ways = [weights] if steady or "effects" in guard.without else [weights, self._by_effect(weights)]
         self.doubtful = self._doubt is MADE and bool(batchnorm_layers(self._network.module))
 
-    def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Example], _Doubt]:
-        """What the network, which holds the expert, is asked, and how far its answers are believed."""
+    def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Sequence[Example]], _Doubt]:
+        """What the network, which holds the expert, is asked, kind by kind, and how far its answers are believed."""
         if given := self._guard.inputs.get(self._fit.task):
-            return given, TRAINED if self._guard.trained else OWN
+            return [given], TRAINED if self._guard.trained else OWN
         made = probes(self._network)
         if made and (fitting := matched(self._network, made, self._guard.threads, progress)):
-            return fitting, MATCHED
-        return made, MADE if steady else MADE_UNSTEADY
+            return [fitting], MATCHED
+        return ([made], MADE) if steady else ([made, flat(made)], MADE_UNSTEADY)
 
     def choose(self, first: Fit, fresh: Fresh, trimmed: Trimmed) -> Choice:
         """See ``Guard.choose``."""
@@ -253,35 +263,36 @@ class _Trial:
         kept, doubt = self._tried(first.data, whole), self._doubt
         untouched = kept.mean
 
-        def made(budget: int, ways: Sequence[Mapping[str, float]]) -> list[_Tried]:
-            return [self._tried(fresh(budget, weights), budget) for weights in ways]
+        def made(budget: int) -> _Tried:
+            return min((self._tried(fresh(budget, weights), budget) for weights in self._ways), key=_mean)
 
-        def gives_way(to: _Tried) -> bool:
-            return kept.worse(to, doubt.smaller if to.budget else doubt.merged, doubt.errors)
+        def gives_way(fit: _Tried, to: _Tried) -> bool:
+            factor = doubt.smaller if to.budget else doubt.merged
+            return any(fit.on(kind).worse(to.on(kind), factor, doubt.errors) for kind in self._kinds)
 
-        def ordinary(smaller: _Tried) -> bool:
-            """Whether to look no further."""
-            return doubt is not OWN and kept.budget == whole and not gives_way(smaller) and not gives_way(merged)
+        def falls(to: _Tried) -> bool:
+            return gives_way(kept, to) or gives_way(kept, merged)
 
         try:
-            kept = min([kept, *made(whole, self._ways[1:])], key=_mean)
+            kept = min([kept, *(self._tried(fresh(whole, weights), whole) for weights in self._ways[1:])], key=_mean)
             for rung in _rungs(layout, whole):
                 quickly = len(self._ways) == 1 and doubt is not OWN and kept.budget == whole
-                if quickly and ordinary(self._tried(trimmed(rung), rung)):
+                if quickly and not falls(self._tried(trimmed(rung), rung)):
                     break
-                smaller = min(made(rung, self._ways), key=_mean)
-                if ordinary(smaller):
+                smaller = made(rung)
+                if falls(smaller):
+                    kept = smaller  # what a file of that budget is fitted to, and so looks at in the same way
+                elif doubt is not OWN:
                     break
-                kept = smaller if gives_way(smaller) else kept
         except BudgetTooSmall:
             pass
-        kept = merged if gives_way(merged) else kept
+        kept = merged if gives_way(kept, merged) else kept
         return Choice(kept.data, kept.budget, len(self._examples), kept.mean, untouched, merged.mean)
 
     def _by_effect(self, weights: Mapping[str, float]) -> dict[str, float]:
         """What errors count for by their effect on the expert's answers, half-way (as geometric mean) to what they
         count for by their energy alone: effects of errors as large as those of a small file are not in proportion."""
-        found = effects(self._network, self._examples)
+        found = effects(self._network, self._examples[self._kinds[0]])
         ours = {self._network.own_name(theirs): name for name, theirs in self._fit.alignment.shared.items()}
         known = {ours[name]: math.sqrt(effect) for name, effect in found.items() if name in ours}
         return {name: weight * weights.get(name, 1.0) for name, weight in known.items()}

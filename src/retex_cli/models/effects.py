@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retex_cli.io.inputs import Example
 from retex_cli.models.distil import answer_of
@@ -14,11 +14,6 @@ from retex_cli.parallel import one_thread_each
 
 BATCH = 8
 """Inputs in one pass."""
-
-
-def normalises(module: nn.Module) -> bool:
-    """Whether any layer brings what it reads to a scale of its own, so that errors before it do not grow."""
-    return any("Norm" in type(part).__name__ for part in module.modules())
 
 
 def effects(network: Network, examples: Sequence[Example], seed: int = 0) -> dict[str, float]:

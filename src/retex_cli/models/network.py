@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retex_cli.errors import RetexError, UsageError
@@ -98,12 +98,14 @@ class Network:
 
     @functools.cached_property
     def fast_bf16(self) -> bool:
-        """Whether matrix products are taken in bfloat16: where that is the fast way and there is no BatchNorm.
+        """Whether matrix products are taken in bfloat16: where that is the fast way and norms other than BatchNorm are.
 
-        It takes away means that may be many deviations large, of which bfloat16 leaves three digits: answers of an
-        EfficientNet move by as much as its offsets leave out.
+        BatchNorm takes away means that may be many deviations large, of which bfloat16 leaves three digits: answers of
+        an EfficientNet move by as much as its offsets leave out. Where nothing takes means away, they hide in the same
+        way what little there is to see in the sky of a photograph.
         """
-        return has_fast_bf16(self.device) and not any(isinstance(layer, _BatchNorm) for layer in self.module.modules())
+        steady = normalises(self.module) and not any(isinstance(layer, _BatchNorm) for layer in self.module.modules())
+        return steady and has_fast_bf16(self.device)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -145,6 +147,11 @@ class Network:
                 "the network returns a tensor of logits, or an object with `logits`",
             )
         return logits.float()
+
+
+def normalises(module: nn.Module) -> bool:
+    """Whether any layer brings what it reads to a scale of its own, so that errors before it do not grow."""
+    return any("Norm" in type(part).__name__ for part in module.modules())
 
 
 def label_names(config: Mapping[str, object]) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ photographs does; for a network of the user's own whatever its first layer reads
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ SMOOTH = (1.0, 2.5)
 """Powers of the frequency that amplitudes of an image fall with: from a sharp photograph's to a blurred one's."""
 GRAIN = 0.25
 """The strongest white noise that every other image has on top."""
+FLAT = 0.1
+"""What is left of the contrast of images that say what happens where nothing happens."""
 SOURCE = "an input made without data"
 
 
@@ -39,6 +42,29 @@ def probes(network: Network, seed: int = 0) -> tuple[Example, ...]:
         if _takes(network, made[0]):
             return made
     return ()
+
+
+def flat(made: Sequence[Example]) -> tuple[Example, ...]:
+    """The images without grain among ``probes``, with next to no contrast: skies and walls, of which photographs have
+    more than of detail. None of inputs that are no images."""
+    return tuple(found for example in made[::2] if (found := _flat(example)) is not None)
+
+
+def _flat(example: Example) -> Example | None:
+    if isinstance(example.image, np.ndarray):
+        image = torch.from_numpy(np.moveaxis(example.image, 2, 0).copy())
+        return replace(example, image=np.moveaxis(_less(image).numpy(), 0, 2).copy())
+    tensors = example.tensors or {}
+    if not tensors or any(image.ndim != 3 for image in tensors.values()):
+        return None
+    return replace(example, tensors={name: _less(image) for name, image in tensors.items()})
+
+
+def _less(image: Tensor) -> Tensor:
+    """[channels, height, width], of any dtype, its contrast ``FLAT`` of what it was."""
+    values = image.float()
+    found = torch.lerp(values.mean((1, 2), keepdim=True), values, FLAT)
+    return found if image.is_floating_point() else found.round().to(image.dtype)
 
 
 def _kinds(network: Network, draw: np.random.Generator) -> Iterator[tuple[Example, ...]]:
