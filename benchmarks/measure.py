@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import retex_cli
 
@@ -41,24 +44,86 @@ def run(
             command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env={**environment(), **(extra or {})},
             start_new_session=True,
         )  # fmt: skip
-        family, looked, peak = [process.pid], started, 0.0
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            now = time.monotonic()
-            if pid:
-                break
-            if now - started > limit:
-                os.killpg(process.pid, signal.SIGKILL)
-                os.wait4(process.pid, 0)
-                return None
-            if now - looked > FAMILY_SECONDS:
-                family, looked = _family(process.pid), now
-            peak = max(peak, sum(map(_anonymous_bytes, family)))
-            time.sleep(SAMPLE_SECONDS)
+        memory = _Memory(process.pid, started + limit)
+        memory.start()  # beside: waiting here for the next sample would add to the time
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        memory.ended.set()
+        memory.join()
+    if memory.late:
+        return None
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        sys.exit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}:\n{tail}")
-    return {"wall_s": now - started, "cpu_s": usage.ru_utime + usage.ru_stime, "anon_mb": peak / 1e6}
+        sys.exit(f"{' '.join(command)} ended with status {process.returncode}:\n{tail}")
+    return {"wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "anon_mb": memory.peak / 1e6}
+
+
+def beside_copy(
+    commands: Mapping[str, Sequence[str]], output: Path, source: Path, *, folder: Path, turns: int
+) -> tuple[dict[str, dict[str, float]], float]:
+    """What ``run`` says of each command, and seconds of a plain copy of ``source``, all in turns and written anew.
+
+    The first command only plans what the others write into ``output``: with each stands the median of what it takes
+    beyond the first of its turn, ``beyond_start_s``. Seconds are medians, memory is the most of all turns.
+    """
+    start, *others = commands
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    copies = []
+    for _ in range(turns):
+        for name, command in commands.items():
+            _remove(output)
+            found = run(command, folder=folder)
+            assert found is not None
+            runs[name].append(found)
+        copies.append(copy_seconds(source, folder / "copy"))
+    together = {
+        name: {"anon_mb": max(each["anon_mb"] for each in found)}
+        | {key: median(each[key] for each in found) for key in ("wall_s", "cpu_s")}
+        for name, found in runs.items()
+    }
+    for name in others:
+        beyond = (ours["wall_s"] - plan["wall_s"] for ours, plan in zip(runs[name], runs[start], strict=True))
+        together[name]["beyond_start_s"] = median(beyond)
+    return together, median(copies)
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """A plain copy, ``cp`` and ``sync``, of a file or folder: on the disk when it ends, and removed."""
+    files = [target / file.name for file in source.iterdir()] if source.is_dir() else [target]
+    started = time.monotonic()
+    subprocess.run(["sh", "-c", 'cp -r "$0" "$1" && shift && sync "$@"', source, target, *files], check=True)
+    seconds = time.monotonic() - started
+    _remove(target)
+    return seconds
+
+
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+
+
+class _Memory(threading.Thread):
+    """Samples ``peak``, the anonymous bytes of a process and its children, and ends them when they are ``late``."""
+
+    def __init__(self, root: int, deadline: float) -> None:
+        super().__init__(daemon=True)
+        self.ended, self.peak, self.late = threading.Event(), 0, False
+        self._root, self._deadline = root, deadline
+
+    def run(self) -> None:
+        """Until ``ended``."""
+        family, looked = [self._root], time.monotonic()
+        while not self.ended.wait(SAMPLE_SECONDS):
+            now = time.monotonic()
+            if now > self._deadline:
+                self.late = True
+                os.killpg(self._root, signal.SIGKILL)
+                return
+            if now - looked > FAMILY_SECONDS:
+                family, looked = _family(self._root), now
+            self.peak = max(self.peak, sum(map(_anonymous_bytes, family)))
 
 
 def _family(root: int) -> list[int]:

@@ -4,9 +4,9 @@
 
 MiniLM-L6 and two experts of suite text4, offsets of 0.25 % of an expert, then the same shapes with more layers. Start
 is a process that only plans the recovery; a plain copy is ``cp`` and ``sync`` of the merged weights, as what retex
-writes is on the disk when it ends. The decoder reads 5 million symbols of one level on one thread, in seconds of the
-processor, the best of some. Recovery, start and copy take turns, and the median of each counts: what recovery takes
-beyond a start is less than two starts differ by. Writes ``results/recovery.json``.
+writes is on the disk when it ends. Recovery, start and copy take turns, and the median of each counts: what recovery
+takes beyond a start is less than two starts differ by. The decoder reads 5 million symbols of one level on one thread,
+in seconds of the processor, the best of some. Writes ``results/recovery.json``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
-from measure import RETEX, environment, run
+from measure import RETEX, beside_copy, environment, run
 from record import ROOT, write
 from safetensors.torch import load_file, save_file
 
@@ -69,36 +68,12 @@ def workspace() -> Iterator[Path]:
 
 
 def commands(folder: Path) -> dict[str, dict[str, float] | float]:
-    """``recover`` of one expert into a file, a process that only plans it and a plain copy, in turns: medians, and the
-    most memory. ``beyond_start_s``: the median of differences within a turn."""
-    command = (*RETEX, "recover", "--task", TASKS[0], "-o", "out.safetensors", "--overwrite", "--quiet")
-    source, target = folder / "merged" / "model.safetensors", folder / "copy.safetensors"
-    sides: dict[str, list[dict[str, float]]] = {"recover": [], "start": []}
-    copies = []
-    for _ in range(TURNS):
-        for name, arguments in (("recover", command), ("start", (*command, "--dry-run"))):
-            side = run(arguments, folder=folder)
-            assert side is not None
-            sides[name].append(side)
-        copies.append(copy_seconds(source, target))
-    beyond = [ours["wall_s"] - start["wall_s"] for ours, start in zip(sides["recover"], sides["start"], strict=True)]
-    return {
-        **{name: _together(found) for name, found in sides.items()},
-        "beyond_start_s": median(beyond), "merged_mb": source.stat().st_size / 1e6, "copy_s": median(copies),
-    }  # fmt: skip
-
-
-def _together(sides: Sequence[dict[str, float]]) -> dict[str, float]:
-    most = max(side["anon_mb"] for side in sides)
-    return {"anon_mb": most, **{name: median(side[name] for side in sides) for name in ("wall_s", "cpu_s")}}
-
-
-def copy_seconds(source: Path, target: Path) -> float:
-    """A plain copy that is on the disk."""
-    target.unlink(missing_ok=True)
-    started = time.perf_counter()
-    subprocess.run(["sh", "-c", 'cp "$0" "$1" && sync "$1"', source, target], check=True)
-    return time.perf_counter() - started
+    """``recover`` of one expert into a file, a process that only plans it, and a plain copy: see ``beside_copy``."""
+    source, output = folder / "merged" / "model.safetensors", folder / "out.safetensors"
+    command = (*RETEX, "recover", "--task", TASKS[0], "-o", output.name, "--quiet")
+    sides = {"start": (*command, "--dry-run"), "recover": command}
+    found, copy = beside_copy(sides, output, source, folder=folder, turns=TURNS)
+    return {**found, "merged_mb": source.stat().st_size / 1e6, "copy_s": copy}
 
 
 def deeper(folder: Path, layers: int) -> float:

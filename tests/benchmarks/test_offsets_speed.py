@@ -13,8 +13,7 @@ from retex_cli.io.checkpoint import open_checkpoint
 
 GOOD: dict[str, object] = {
     "fit": {"0.1%": {"wall_s": 100.0, "anon_mb": 900.0}},
-    "recover": {"0.1%": {"wall_s": 4.4}},
-    "start": {"wall_s": 2.0},
+    "recover": {"0.1%": {"beyond_start_s": 2.4}},
     "copy_s": 1.6,
 }
 
@@ -25,7 +24,7 @@ GOOD: dict[str, object] = {
         ({}, []),
         ({"fit": {"0.1%": {"wall_s": 181.0, "anon_mb": 900.0}}}, ["fit within 0.1%: 181 s, not 180"]),
         ({"fit": {"0.1%": {"wall_s": 1.0, "anon_mb": 2001.0}}}, ["2001 MB of anonymous memory, not 2000"]),
-        ({"recover": {"0.1%": {"wall_s": 4.5}}}, ["recover within 0.1%: 4.50 s, not 4.40"]),
+        ({"recover": {"0.1%": {"beyond_start_s": 2.5}}}, ["recover within 0.1%: 1.56 copies beyond a start, not 1.5"]),
     ],
 )
 def test_a_missed_bar_is_told(change: dict[str, object], words: list[str]) -> None:

@@ -49,8 +49,8 @@ UNSURE = 1.5
 """What looks that much better with fewer offsets on inputs made without data need not be so on the task's own."""
 SURE = 3.0
 """How many times nearer is believed of inputs made without data, whatever the network: fewer offsets in one that
-normalises, any offsets in one that does not (there a network half way may be the worse for it on inputs that look
-otherwise). Inputs that BatchNorm's statistics were matched by are believed as they are."""
+normalises, any offsets in one that does not, on flat images, too (there a network half way may be the worse for it on
+inputs that look otherwise). Inputs that BatchNorm's statistics were matched by are believed as they are."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 LARGEST = 1_500_000_000
