@@ -31,7 +31,7 @@ from retex_cli.offsets.stream import Coded, contexts, decode, encode, scale_code
 
 TASKS = ("movie", "sms_spam")
 REPEATS = 7
-TURNS = 15
+TURNS = 30
 SYMBOLS = 5_000_000
 LEVELS = (2, 6, 10)
 LAYERS = (6, 24)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from retex_cli import __version__
 from retex_cli.cli import making
 from retex_cli.cli.app import app
+from retex_cli.cli.perform import collect_garbage
 from retex_cli.workspace import MergeSection
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "help"
@@ -69,6 +71,27 @@ def test_help_is_there_in_a_third_of_a_second() -> None:
         if best < 0.3:
             break
     assert best < 0.3
+
+
+def test_garbage_is_looked_for_in_what_a_command_does_not_in_what_it_imports() -> None:
+    code = (
+        "import atexit, gc, sys; from retex_cli.cli import app, perform\n"
+        "seen = [gc.isenabled()]; collect = perform.collect_garbage\n"
+        "def told(): seen.append(gc.isenabled()); collect(); seen.append(gc.isenabled())\n"
+        "perform.collect_garbage = told\n"
+        "atexit.register(lambda: print(seen, gc.get_freeze_count() > 10_000))\n"
+        "sys.argv = ['retex', 'inspect', 'nowhere']; app.main()"
+    )
+    done = process("-c", code)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.split("\n")[0] == "[True, False, True] True"
+
+
+def test_whoever_calls_from_python_keeps_the_garbage_collector_as_it_was() -> None:
+    before = gc.get_freeze_count()
+    collect_garbage()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def test_the_public_functions_are_lazy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from retex_cli.progress import Progress
 
 if TYPE_CHECKING:
     from retex_cli.commands.report import Answer, Json, Report, Table
+
+
+def collect_garbage() -> None:
+    """From now on, if that was put off: what has been imported stays, and is not looked at."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 class Plan(Protocol):
@@ -43,6 +51,7 @@ def perform_all(
 
     A missed gate comes with the report that missed it: both are shown before the command ends with status 3.
     """
+    collect_garbage()
     try:
         with how.guard(), watch(quiet=how.quiet) as progress:
             plans = [plan(config) for config in configs]
@@ -68,6 +77,7 @@ def perform_lines(
 
     RetexError at the end where some inputs had none, so that the exit status says it.
     """
+    collect_garbage()
     planned = plan(config)
     if how.dry_run:
         how.show(planned.report())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from retex_cli.commands.blocks import Block, take_in
 from retex_cli.commands.offsets_file import OffsetsFile, Part
 from retex_cli.io.provenance import TensorDigest, checkpoint_digests, fingerprint, known_digests
 from retex_cli.io.writer import Claim, Writer
+from retex_cli.offsets.blocks import BLOCK
 from retex_cli.offsets.predict import Embedding, Predictor
 from retex_cli.parallel import ordered_map
 from retex_cli.progress import Progress
@@ -52,13 +54,13 @@ def stream(recovery: Recovery, parts: Sequence[Part], writer: Writer, threads: i
     RetexError where the merged checkpoint is not the one that the offsets belong to, and where a task that should come
     back bit for bit does not.
     """
-    hashes = _Hashes(recovery)
+    hashes, room = _Hashes(recovery), _Room()
     progress.start(f"recovering {recovery.head}", len(parts))
     hashing: deque[Future[None]] = deque()
     ahead = AHEAD if writer.in_order or any(map(hashes.want, parts)) else FAR_AHEAD
     with ThreadPoolExecutor(1) as beside:
         for job, rests in ordered_map(
-            lambda job: _make(job, recovery, writer, hashes), _jobs(recovery, parts, writer), threads, ahead
+            lambda job: _make(job, recovery, writer, hashes, room), _jobs(recovery, parts, writer), threads, ahead
         ):
             for (_, claim), rest in zip(job.blocks, rests, strict=True):
                 if rest.data is not None:
@@ -101,11 +103,12 @@ def _jobs(recovery: Recovery, parts: Sequence[Part], writer: Writer) -> Iterator
             yield _Job(part, claims, first + GROUP >= len(blocks))
 
 
-def _make(job: _Job, recovery: Recovery, writer: Writer, hashes: _Hashes) -> tuple[_Job, list[_Rest]]:
+def _make(job: _Job, recovery: Recovery, writer: Writer, hashes: _Hashes, room: _Room) -> tuple[_Job, list[_Rest]]:
     rests = []
     for block, claim in job.blocks:
-        merged = recovery.file.source(job.part, block)
         keep = hashes.want(job.part)
+        held = keep or writer.in_order  # by others, when the next block is read
+        merged = recovery.file.source(job.part, block, None if held else room.bytes)
         in_place = not keep and recovery.device.type == "cpu" and merged.dtype == job.part.spec.dtype == torch.float32
         value = block.make(merged, merged if in_place else None)
         data = value.to("cpu", job.part.spec.dtype)
@@ -113,6 +116,13 @@ def _make(job: _Job, recovery: Recovery, writer: Writer, hashes: _Hashes) -> tup
             writer.fill(claim, data)
         rests.append(_Rest(merged if keep else None, value if keep else None, data if writer.in_order else None))
     return job, rests
+
+
+class _Room(threading.local):
+    """Bytes for a block, the same ones every time for a thread: fresh memory costs as much as what is done in it."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(BLOCK * torch.float32.itemsize, dtype=torch.uint8)
 
 
 class _Hashes:

@@ -254,10 +254,16 @@ class OffsetsFile:
             whole.view(-1)[block.at : block.at + value.numel()] = value
         return whole
 
-    def source(self, part: Part, block: Block) -> Tensor:
-        """The elements of the merged tensor that a block is made from, as stored."""
+    def source(self, part: Part, block: Block, scratch: Tensor | None = None) -> Tensor:
+        """The elements of the merged tensor that a block is made from, as stored; in ``scratch``, bytes of anything,
+        where these are given and hold them."""
         start, stop = block.source
-        merged = torch.empty(stop - start, dtype=torch.uint8 if part.merged is None else self._type(part.merged))
+        dtype = torch.uint8 if part.merged is None else self._type(part.merged)
+        nbytes = (stop - start) * dtype.itemsize
+        if scratch is not None and nbytes <= scratch.numel():
+            merged = scratch[:nbytes].view(dtype)
+        else:
+            merged = torch.empty(stop - start, dtype=dtype)
         if part.merged is not None:
             self.merged.read_into(part.merged, start, merged)
         return merged
