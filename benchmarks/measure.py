@@ -19,6 +19,9 @@ SAMPLE_SECONDS = 0.02
 FAMILY_SECONDS = 0.25
 """How often children are looked for: that takes longer than a sample."""
 
+COPY = "copy"
+"""The plain copy that others are measured beside."""
+
 RETEX = (sys.executable, "-m", "retex_cli")
 """The command line of the source tree at hand."""
 
@@ -62,7 +65,8 @@ def run(
 def beside_copy(
     commands: Mapping[str, Sequence[str]], output: Path, source: Path, *, folder: Path, turns: int
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """What ``run`` says of each command, and seconds of a plain copy of ``source``, all in turns and written anew.
+    """What ``run`` says of each command, and seconds of a plain copy of ``source``, which all of them read, in turns,
+    each right after another copy and written anew.
 
     The first command only plans what the others write into ``output``: with each stands the median of what it takes
     beyond the first of its turn, ``beyond_start_s``. Seconds are medians, memory is the most of all turns.
@@ -70,13 +74,19 @@ def beside_copy(
     start, *others = commands
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     copies = []
-    for _ in range(turns):
-        for name, command in commands.items():
+    sides = [*commands, COPY]
+    for turn in range(turns):
+        for side in range(len(sides)):  # each turn begins with another: what is written last may have to wait
+            name = sides[(turn + side) % len(sides)]
+            copy_seconds(source, folder / COPY)  # each finds the source, and room for what it writes, in memory
+            if name == COPY:
+                copies.append(copy_seconds(source, folder / COPY))
+                continue
             _remove(output)
-            found = run(command, folder=folder)
+            found = run(commands[name], folder=folder)
             assert found is not None
             runs[name].append(found)
-        copies.append(copy_seconds(source, folder / "copy"))
+            _remove(output)
     together = {
         name: {"anon_mb": max(each["anon_mb"] for each in found)}
         | {key: median(each[key] for each in found) for key in ("wall_s", "cpu_s")}
