@@ -266,12 +266,12 @@ class _Trial:
         def made(budget: int) -> _Tried:
             return min((self._tried(fresh(budget, weights), budget) for weights in self._ways), key=_mean)
 
-        def gives_way(fit: _Tried, to: _Tried) -> bool:
+        def gives_way(to: _Tried) -> bool:
             factor = doubt.smaller if to.budget else doubt.merged
-            return any(fit.on(kind).worse(to.on(kind), factor, doubt.errors) for kind in self._kinds)
+            return any(kept.on(kind).worse(to.on(kind), factor, doubt.errors) for kind in self._kinds)
 
         def falls(to: _Tried) -> bool:
-            return gives_way(kept, to) or gives_way(kept, merged)
+            return gives_way(to) or gives_way(merged)
 
         try:
             kept = min([kept, *(self._tried(fresh(whole, weights), whole) for weights in self._ways[1:])], key=_mean)
@@ -286,7 +286,7 @@ class _Trial:
                     break
         except BudgetTooSmall:
             pass
-        kept = merged if gives_way(kept, merged) else kept
+        kept = merged if gives_way(merged) else kept
         return Choice(kept.data, kept.budget, len(self._examples), kept.mean, untouched, merged.mean)
 
     def _by_effect(self, weights: Mapping[str, float]) -> dict[str, float]:
