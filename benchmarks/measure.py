@@ -75,6 +75,7 @@ def beside_copy(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     copies = []
     sides = [*commands, COPY]
+    _remove(output)
     for turn in range(turns):
         for side in range(len(sides)):  # each turn begins with another: what is written last may have to wait
             name = sides[(turn + side) % len(sides)]
@@ -82,7 +83,6 @@ def beside_copy(
             if name == COPY:
                 copies.append(copy_seconds(source, folder / COPY))
                 continue
-            _remove(output)
             found = run(commands[name], folder=folder)
             assert found is not None
             runs[name].append(found)
