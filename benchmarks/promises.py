@@ -40,6 +40,7 @@ from retex_cli.commands.guard import Guard
 from retex_cli.commands.offsets_file import layout_of
 from retex_cli.commands.refine import RefineInputs, refine_inputs
 from retex_cli.commands.task_fit import TaskFit, Wish, match_experts
+from retex_cli.commands.weigher import Weigher
 from retex_cli.io.artefact import Stored
 from retex_cli.io.checkpoint import open_checkpoint
 from retex_cli.io.inputs import Example, read_rows
@@ -161,9 +162,11 @@ class Suite:
         """Coded offsets as ``retex fit-offsets`` makes them, and what its report says of them."""
         threads, progress = thread_count(None), Silent()
         without = frozenset({"training"})
-        guard = Guard.of([fit], inputs, self.merged, self.device, self.space.model, threads, progress, without)
+        given = {task: each.rows for task, each in inputs.items()}
         with tempfile.TemporaryDirectory() as name, scratch_beside(f"{name}/offsets", {}, self.device) as scratch:
-            fitting = Fitting(self.merged, self.device, threads, scratch, progress, guard=guard)
+            weigher = Weigher(self.models(fit), layout_of(self.merged), given, threads, scratch)
+            guard = Guard.of([fit], weigher, self.merged, progress, without)
+            fitting = Fitting(self.merged, self.device, threads, scratch, progress, weigher, guard=guard)
             [fitted] = fitting.fit([fit])
             stored = fitted.tensors[f"offsets/{fit.task}"]
             tensor = stored.read() if isinstance(stored, Stored) else stored

@@ -247,7 +247,7 @@ def test_parts_of_a_fit_can_be_left_out(here: Path, retex: Retex, monkeypatch: p
     monkeypatch.setattr(refine, "OTHERS", replace(refine.OTHERS, steps=40))
     assert retex("merge", "-w", here).code == 0
     made, reports = {}, {}
-    for left in ("", "lead", "statistics", "training", "shares", "compare"):
+    for left in ("", "lead", "effects", "statistics", "training", "shares", "compare"):
         line = ("--total-budget", "12%", "--refine", *(("--without", left) if left else ()))
         file = here / f"{left or 'all'}.safetensors"
         fitted = retex("fit-offsets", "-w", here, *line, "-o", file, "--json")
@@ -257,7 +257,7 @@ def test_parts_of_a_fit_can_be_left_out(here: Path, retex: Retex, monkeypatch: p
         made[left], reports[left] = offsets, fitted.json["tasks"]
         recipe = retex("inspect", file, "--json").json["recipe"]
         assert recipe.get("without") == ([left] if left else None)  # type: ignore[attr-defined]
-    for left in ("lead", "statistics", "training", "shares"):
+    for left in ("lead", "effects", "statistics", "training", "shares"):
         assert any(not torch.equal(data, made[""][name]) for name, data in made[left].items()), left
     assert "kept" in reports[""]["bars"]  # type: ignore[index]
     assert "kept" not in reports["compare"]["bars"]  # type: ignore[index]

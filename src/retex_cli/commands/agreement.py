@@ -83,14 +83,12 @@ class Judge:
 
     @classmethod
     def of(
-        cls, target: float | None, fits: Sequence[TaskFit], held: Mapping[str, Held], merged: Checkpoint,
-        device: torch.device, model: str | None, batch_size: int, threads: int,
+        cls, target: float | None, models: ExpertModels, held: Mapping[str, Held], merged: Checkpoint,
+        batch_size: int, threads: int,
     ) -> Judge | None:  # fmt: skip
         """The judge of these experts; None where no target is to be reached."""
         if target is None:
             return None
-        experts = {fit.task: fit.expert for fit in fits}
-        models = ExpertModels(experts, {fit.task: fit.alignment for fit in fits}, device, model)
         return cls(target, models, held, merged, batch_size, threads)
 
     def scorer(self, fit: TaskFit) -> Callable[[bytes], float]:

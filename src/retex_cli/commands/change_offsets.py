@@ -17,7 +17,7 @@ import retex_cli
 from retex_cli.commands.agreement import Held, held_out_inputs, inputs_recipe
 from retex_cli.commands.checks import damaged, of_tensor
 from retex_cli.commands.common import Common, shared_out
-from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_digests
+from retex_cli.commands.fit_offsets import FitOffsetsConfig, fitting_of, merged_digests, weigher_of
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import scratch_beside
@@ -146,8 +146,9 @@ def run(plan: ChangeOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     none = config.lossless or "common" in config.without
     common = Common(b"" if none else plan.merged.common_data, len(records))
     with scratch_beside(config.output, key, device) as scratch:
+        weigher = weigher_of(config, plan.added, plan.refine, merged, device, threads, scratch)
         fitting = fitting_of(
-            config, plan.added, plan.held_out, plan.refine, merged, common, device, threads, scratch, progress
+            config, plan.added, plan.held_out, plan.refine, merged, common, weigher, device, threads, scratch, progress
         )
         for fit, fitted in zip(plan.added, fitting.fit(plan.added), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}

@@ -20,6 +20,7 @@ from torch import Tensor
 from retex_cli.commands.offsets_file import layout_of
 from retex_cli.commands.offsets_header import COMMON, TaskRecord, share_of
 from retex_cli.commands.task_fit import TaskFit
+from retex_cli.commands.weigher import Weigher
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.io.tensors import check_request
@@ -108,15 +109,15 @@ def shared_out(
 
 
 def common_part(
-    fits: Sequence[TaskFit], merged: Checkpoint, device: torch.device, threads: int, scratch: Scratch,
-    progress: Progress, *, together: bool, lead: float = LEAD,
+    fits: Sequence[TaskFit], merged: Checkpoint, weigher: Weigher, device: torch.device, threads: int,
+    scratch: Scratch, progress: Progress, *, together: bool, lead: float = LEAD,
 ) -> Common:  # fmt: skip
     """The common part of what ``fits`` are to recover, within its part of their budgets.
 
     ``together``: their budget is one that they share; ``lead``: see ``OffsetFitter``. Data-free; every expert is read
     once to find how much is common, and again only where it is enough.
     """
-    mean = _Mean(fits, merged, device, threads, lead)
+    mean = _Mean(fits, merged, weigher, device, threads, lead)
     found = scratch.get(COMMON)
     if found is None:
         budget = fits[0].budget if together else sum(fit.budget for fit in fits)
@@ -141,6 +142,7 @@ class _Mean:
 
     fits: Sequence[TaskFit]
     merged: Checkpoint
+    weigher: Weigher
     device: torch.device
     threads: int
     lead: float
@@ -177,7 +179,7 @@ class _Mean:
             by_energy = share_out([common, *[own.candidates()] * tasks], [0] * (tasks + 1), budget)[0]
             mean.budget = min(mean.budget, by_energy)
             kept = mean.components()
-            held = 1 - mean.left_out(kept)
+            held = 1 - mean.left_out(kept, mean.weights)
             data = mean.encode(kept) if held >= FAR else b""
         except BudgetTooSmall:
             held, data = 0.0, b""
@@ -200,10 +202,20 @@ class _Mean:
         typical = self.fits[int(np.argsort(each)[len(each) // 2])]
         return float(common / each.sum()) if each.any() else 0.0, typical
 
+    def _counts(self, progress: Progress) -> dict[str, float]:
+        """What an error counts, by tensor name: for all tasks together, and so in their mean."""
+        if asking := sum(self.weigher.work(fit.task) for fit in self.fits):
+            progress.start("asking networks what errors count", asking)
+        found: dict[str, float] = {}
+        for fit in self.fits:
+            for name, count in self.weigher.of(fit, progress).weights.items():
+                found[name] = found.get(name, 0.0) + count / len(self.fits)
+        return found
+
     def _fitter(self, delta: Callable[[str], Tensor], budget: int, label: str, progress: Progress) -> OffsetFitter:
         """One that has seen the offset ``delta`` of every tensor."""
         layout = layout_of(self.merged)
-        fitter = OffsetFitter(layout, budget, weights(layout), self.lead)
+        fitter = OffsetFitter(layout, budget, self._counts(progress), self.lead)
 
         def look(ranks: Mapping[str, int | None], watched: Progress) -> None:
             prepared = ordered_map(lambda name: fitter.prepare(delta(name), ranks[name]), ranks, self.threads)

@@ -21,6 +21,9 @@ HELD_OUT = 4
 LEAST = 8
 """Fewer inputs than this say nothing about a task."""
 
+LARGEST = 1_500_000_000
+"""Parameters of the largest network that is run beside a fit: it is held in memory, float32."""
+
 
 @dataclass(frozen=True)
 class TaskInputs:
@@ -75,6 +78,17 @@ class ExpertModels:
         """The network of a task's expert, its weights yet to come. RetexError where the expert has no config."""
         expert = self.experts[task]
         return Network.of(expert.side_files(), expert.reference, self.device, model=self.model)
+
+    def filled(self, task: str) -> Network:
+        """The network with the expert's own weights, to be run beside a fit. RetexError as for ``network``, and where
+        it is too large."""
+        expert = self.experts[task]
+        size = sum(info.numel for info in expert.tensors.values())
+        if size > LARGEST:
+            raise RetexError(f"{expert.reference}: {size:,} parameters are too many to run beside a fit")
+        network = self.network(task)
+        self.load_expert(network, task)
+        return network
 
     def load_expert(self, network: Network, task: str) -> None:
         """The expert's own weights."""

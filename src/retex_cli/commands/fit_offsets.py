@@ -13,14 +13,16 @@ from torch import Tensor
 import retex_cli
 from retex_cli.commands.agreement import Held, Judge, held_out_inputs, inputs_recipe
 from retex_cli.commands.common import Common, common_part, shared_out
+from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.fit_parts import check_parts, parts_recipe
 from retex_cli.commands.fit_report import FitOffsetsReport, fitted_row
 from retex_cli.commands.fitting import Fitting, lead_of, scratch_beside
 from retex_cli.commands.guard import Guard
-from retex_cli.commands.offsets_file import fingerprint_of, known, read_files
+from retex_cli.commands.offsets_file import fingerprint_of, known, layout_of, read_files
 from retex_cli.commands.offsets_header import COMMON, FORMAT, TaskRecord, digest_rows, header_of, version_of
 from retex_cli.commands.refine import RefineInputs, Refiner, refine_inputs, refine_recipe
 from retex_cli.commands.task_fit import TaskFit, Wish, bring, match_experts, source_of, source_of_base
+from retex_cli.commands.weigher import Weigher
 from retex_cli.errors import UsageError
 from retex_cli.io.artefact import Stored, check_artefact, write_artefact
 from retex_cli.io.checkpoint import Checkpoint, open_checkpoint
@@ -111,10 +113,11 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
     rows: dict[str, Mapping[str, object]] = {}
     ours = known([read_files(merged.side_files())])
     with scratch_beside(config.output, recipe, device) as scratch:
-        common = _common(plan, device, threads, scratch, progress)
+        weigher = weigher_of(config, plan.tasks, plan.refine, merged, device, threads, scratch)
+        common = _common(plan, weigher, device, threads, scratch, progress)
         fits = common.paid(plan.tasks, together=config.total_budget is not None)
         fitting = fitting_of(
-            config, fits, plan.held_out, plan.refine, merged, common, device, threads, scratch, progress
+            config, fits, plan.held_out, plan.refine, merged, common, weigher, device, threads, scratch, progress
         )
         for fit, fitted in zip(fits, fitting.fit(fits), strict=True):
             stored = {digest: content for digest, content in fitted.files.items() if digest not in ours}
@@ -144,25 +147,39 @@ def run(plan: FitOffsetsPlan, progress: Progress) -> FitOffsetsReport:
 
 def fitting_of(
     config: FitOffsetsConfig, fits: Sequence[TaskFit], held_out: Mapping[str, Held], refine: Mapping[str, RefineInputs],
-    merged: Checkpoint, common: Common, device: torch.device, threads: int, scratch: Scratch, progress: Progress,
+    merged: Checkpoint, common: Common, weigher: Weigher, device: torch.device, threads: int, scratch: Scratch,
+    progress: Progress,
 ) -> Fitting:  # fmt: skip
     """How ``fits`` are to be fitted, with all that ``config`` asks for beside a budget and what they have in common."""
-    model, without, corrected = config.model, config.without, common.over(merged)
-    judge = Judge.of(config.target, fits, held_out, corrected, device, model, config.batch_size, threads)
-    refiner = Refiner.of(fits, refine, corrected, device, model, config.seed, threads, without)
-    guard = None if judge else Guard.of(fits, refine, corrected, device, model, threads, progress, without, merged)
+    models, without, corrected = weigher.models, config.without, common.over(merged)
+    judge = Judge.of(config.target, models, held_out, corrected, config.batch_size, threads)
+    refiner = Refiner.of(models, refine, corrected, config.seed, threads, without)
+    guard = None if judge else Guard.of(fits, weigher, corrected, progress, without, merged)
     together = config.total_budget is not None
     parts = (judge, refiner, guard, without, common)
-    return Fitting(corrected, device, threads, scratch, progress, together, *parts)
+    return Fitting(corrected, device, threads, scratch, progress, weigher, together, *parts)
 
 
-def _common(plan: FitOffsetsPlan, device: torch.device, threads: int, scratch: Scratch, progress: Progress) -> Common:
+def weigher_of(
+    config: FitOffsetsConfig, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint,
+    device: torch.device, threads: int, scratch: Scratch,
+) -> Weigher:  # fmt: skip
+    """What says by how much errors count in these experts, asked the inputs that they are refined on."""
+    experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
+    models = ExpertModels(experts, alignments, device, config.model)
+    inputs = {task: each.rows for task, each in refine.items()}
+    return Weigher(models, layout_of(merged), inputs, threads, scratch, config.without)
+
+
+def _common(
+    plan: FitOffsetsPlan, weigher: Weigher, device: torch.device, threads: int, scratch: Scratch, progress: Progress
+) -> Common:
     """What the tasks' offsets have in common; not looked for where budgets are an outcome and not given."""
     config, fits = plan.config, plan.tasks
     if len(fits) < 2 or config.lossless or config.target is not None or "common" in config.without:
         return Common(b"", len(fits))
     together, lead = config.total_budget is not None, lead_of(config.without)
-    return common_part(fits, plan.merged, device, threads, scratch, progress, together=together, lead=lead)
+    return common_part(fits, plan.merged, weigher, device, threads, scratch, progress, together=together, lead=lead)
 
 
 def merged_digests(merged: Checkpoint, threads: int, progress: Progress) -> dict[str, bytes]:

@@ -14,14 +14,14 @@ PARTS = {
     "common": "what all tasks' offsets have in common, where it is most of them, is coded once or left out",
     "lead": "kept components are lengthened for those that are left out",
     "compare": "answers are compared with those of smaller fits and of merged weights, and worse ones go",
-    "effects": "where nothing is normalised, bytes are shared out by effects on answers, too, if that is nearer",
+    "effects": "bytes are shared out by effects on answers with BatchNorm, and where nothing is normalised, if nearer",
     "statistics": "with --refine: statistics of BatchNorm are measured on the recovered network",
     "training": "with --refine: the recovered network learns the expert's features and answers",
     "shares": "with --refine: --total-budget is shared out again by how far answers are",
 }
 """What each does where it is not left out; docs/log.md has what each gains."""
 REFINING = ("statistics", "training", "shares")
-GIVEN = ("common", "compare", "effects")
+GIVEN = ("common", "compare")
 """What is only done within a budget that is given."""
 
 

@@ -23,13 +23,14 @@ from retex_cli.commands.offsets_file import known, layout_of, read_files
 from retex_cli.commands.offsets_header import TaskRecord, naming, usual_dtype
 from retex_cli.commands.refine import Refiner
 from retex_cli.commands.task_fit import SMALLEST, TaskFit
+from retex_cli.commands.weigher import Weighed, Weigher
 from retex_cli.errors import RetexError
 from retex_cli.io.artefact import Stored, stored_in
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.provenance import fingerprint, tensor_digest
 from retex_cli.io.scratch import Scratch, as_tensor
 from retex_cli.offsets import lossless
-from retex_cli.offsets.batchnorm import EPSILON, folded, norms, weights
+from retex_cli.offsets.batchnorm import EPSILON, folded, norms
 from retex_cli.offsets.domain import to_domain
 from retex_cli.offsets.fit import LEAD, BudgetTooSmall, OffsetFitter, Prepared
 from retex_cli.offsets.fixed import prediction
@@ -38,7 +39,7 @@ from retex_cli.offsets.shares import share_again, share_out
 from retex_cli.offsets.stream import decode
 from retex_cli.offsets.total import Noise
 from retex_cli.parallel import ordered_map
-from retex_cli.progress import Part, Progress
+from retex_cli.progress import Part, Progress, Silent
 
 CODED = "/coded"
 """No task's name has a slash."""
@@ -81,10 +82,10 @@ class _Prepared:
 class Fitting:
     """How experts are fitted to ``merged``; what is held in memory follows the tensors at hand, not their number.
 
-    ``together``: whether their budget is one that they share. ``judge``: what decides on the budget where a target is
-    to be reached. ``refiner``: what trains the offsets on inputs, if anything does. ``guard``: what compares answers
-    before anything is kept. ``without``: see ``fit_parts``. ``common``: what offsets have in common, which
-    ``merged`` then has in it.
+    ``weigher``: what says by how much errors count. ``together``: whether their budget is one that they share.
+    ``judge``: what decides on the budget where a target is to be reached. ``refiner``: what trains the offsets on
+    inputs, if anything does. ``guard``: what compares answers before anything is kept. ``without``: see ``fit_parts``.
+    ``common``: what offsets have in common, which ``merged`` then has in it.
     """
 
     merged: Checkpoint
@@ -92,6 +93,7 @@ class Fitting:
     threads: int
     scratch: Scratch
     progress: Progress
+    weigher: Weigher
     together: bool = False
     judge: Judge | None = None
     refiner: Refiner | None = None
@@ -109,7 +111,7 @@ class Fitting:
             yield self._task(fit)
 
     def _network_steps(self, fit: TaskFit) -> int:
-        return sum(part.work(fit.task) for part in (self.refiner, self.guard) if part is not None)
+        return self.weigher.work(fit.task) + (0 if self.refiner is None else self.refiner.work(fit.task))
 
     def _code_all(self, fits: Sequence[TaskFit]) -> None:
         """Every task's coded offsets are put aside; one is coded while the next is prepared."""
@@ -186,11 +188,11 @@ class Fitting:
 
     def _prepare(self, fit: TaskFit, *, beside: bool = False) -> _Prepared:
         """One task, ready to be coded; ``beside`` a fit that counts in the progress, it does not."""
-        layout = layout_of(self.merged)
+        layout, weighed = layout_of(self.merged), self._weighed(fit, beside=beside)
         if fit.lossless:  # what counts is how small the errors are
             fitter = OffsetFitter(layout, fit.budget, lead=0.0)
         else:
-            fitter = OffsetFitter(layout, fit.budget, weights(layout), lead_of(self.without))
+            fitter = OffsetFitter(layout, fit.budget, weighed.weights, lead_of(self.without))
         merged_names = {expert: name for name, expert in fit.alignment.shared.items()}
         names = list(fit.expert.tensors)
         digests, noises = {}, {}
@@ -209,16 +211,25 @@ class Fitting:
         if fit.asked == SMALLEST:
             fitter.lower_budget(noises)
         if not fit.lossless:
-            self._fold(fit, fitter)
+            self._fold(fit, fitter, weighed.epsilons)
         return _Prepared(fitter, digests)
 
-    def _fold(self, fit: TaskFit, fitter: OffsetFitter) -> None:
+    def _weighed(self, fit: TaskFit, *, beside: bool) -> Weighed:
+        if beside:
+            return self.weigher.of(fit, Silent())
+        asking = Part(self.progress, SLOW, self.weigher.work(fit.task))
+        found = self.weigher.of(fit, asking)
+        asking.finish()
+        return found
+
+    def _fold(self, fit: TaskFit, fitter: OffsetFitter, epsilons: Mapping[str, float]) -> None:
         """Tell the fitter what BatchNorm layers come down to; a correction would find little of the expert in it."""
         theirs = fit.alignment.shared
         for norm in norms(layout_of(self.merged)):
             if not all(name in theirs for name in norm.names):
                 continue
-            wanted = folded(norm, lambda name: fit.expert.read(theirs[name]), self.merged.read, EPSILON)
+            epsilon = epsilons.get(norm.variance, EPSILON)
+            wanted = folded(norm, lambda name: fit.expert.read(theirs[name]), self.merged.read, epsilon)
             for name, value in wanted.values.items():
                 delta = to_domain(name, value) - to_domain(name, self.merged.read(name))
                 fitter.fold(name, fitter.prepare(delta), wanted.pivots.get(name))
@@ -246,17 +257,17 @@ class Fitting:
             data, fitter.budget = found.data, found.budget
             texts["agreement"] = json.dumps(Agreement(found.score, len(self.judge.inputs[fit.task].rows)).to_json())
         else:
-            through_network = Part(self.progress, SLOW, self._network_steps(fit))
+            training = Part(self.progress, SLOW, 0 if self.refiner is None else self.refiner.work(fit.task))
             with _budget_in_words(fit):
-                data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, through_network)
+                data = fitter.finish() if self.refiner is None else self.refiner.refine(fit, fitter, training)
             if self.guard is not None:
                 first = Fit(data, fitter.budget, fitter.weights)
                 fresh, trimmed = partial(self._fresh, fit), partial(_trimmed, fitter)
-                choice = self.guard.choose(fit, first, fresh, trimmed, through_network)
+                choice = self.guard.choose(fit, first, fresh, trimmed, self.progress)
                 if choice is not None:
                     data, texts["kept"] = choice.data, json.dumps(choice.to_json())
                     alone = not choice.budget
-            through_network.finish()
+            training.finish()
         texts["budget"] = str(fitter.budget)
         if self.common and self.common.data and not alone:
             texts["common"] = "used"

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from retex_cli.commands.expert_models import ExpertModels
 from retex_cli.commands.offsets_file import layout_of
-from retex_cli.commands.refine import RefineInputs
 from retex_cli.commands.task_fit import TaskFit
+from retex_cli.commands.weigher import Weigher, halfway
 from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.inputs import Example
@@ -28,12 +26,10 @@ from retex_cli.models.batchnorm import batchnorm_layers
 from retex_cli.models.compare import apart, diverged, thinned
 from retex_cli.models.distil import answer_of
 from retex_cli.models.effects import effects
-from retex_cli.models.matched import GROUP, STEPS, matched
 from retex_cli.models.network import normalises
 from retex_cli.models.passes import run
-from retex_cli.models.probes import PROBES, flat, probes
+from retex_cli.models.probes import flat, probes
 from retex_cli.models.processor import Inputs
-from retex_cli.offsets.batchnorm import norms
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
 from retex_cli.offsets.stream import Shape, decode
@@ -53,8 +49,6 @@ normalises, any offsets in one that does not, on flat images, too (there a netwo
 inputs that look otherwise). Inputs that BatchNorm's statistics were matched by are believed as they are."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
-LARGEST = 1_500_000_000
-"""Parameters of the largest network that is built for this: it is held in memory, float32."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +90,12 @@ class Choice:
 @dataclass(frozen=True)
 class Guard:
     """Chooses what to keep of every fit to ``merged``. ``alone``: the merged weights that no fit may be worse than;
-    those of ``merged`` have in them what offsets have in common. ``inputs``: tasks' own, where they are read anyway;
-    ``trained``: whether fits were trained on them; ``without``: see ``fit_parts``."""
+    those of ``merged`` have in them what offsets have in common. ``weigher``: what knows the networks, and the inputs
+    that they are asked; ``trained``: whether fits were trained on those; ``without``: see ``fit_parts``."""
 
-    models: ExpertModels
+    weigher: Weigher
     merged: Checkpoint
     alone: Checkpoint
-    threads: int
-    inputs: Mapping[str, Sequence[Example]]
     trained: bool = False
     without: frozenset[str] = frozenset()
     _refused: list[str] = field(default_factory=list)
@@ -111,11 +103,10 @@ class Guard:
 
     @classmethod
     def of(
-        cls, fits: Sequence[TaskFit], refine: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
-        model: str | None, threads: int, progress: Progress, without: frozenset[str] = frozenset(),
-        alone: Checkpoint | None = None,
+        cls, fits: Sequence[TaskFit], weigher: Weigher, merged: Checkpoint, progress: Progress,
+        without: frozenset[str] = frozenset(), alone: Checkpoint | None = None,
     ) -> Guard | None:  # fmt: skip
-        """The guard of these experts, with the inputs that they are refined on; None where nothing is to be compared
+        """The guard of these experts; None where nothing is to be compared
         or what is recovered is exact, and, said in a note, where there is no network to run."""
         if "compare" in without or all(fit.lossless for fit in fits):
             return None
@@ -123,16 +114,8 @@ class Guard:
         if bare:
             _only_weights(progress, f"{bare[0].expert.reference} has no config.json to build its network from")
             return None
-        experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
-        inputs = {task: each.rows for task, each in refine.items()}
-        trained = bool(refine) and "training" not in without
-        models = ExpertModels(experts, alignments, device, model)
-        return cls(models, merged, alone or merged, threads, inputs, trained, without)
-
-    def work(self, task: str) -> int:
-        """Steps that making inputs for a task's network takes, if it can be run: see ``matched``."""
-        moves = task not in self.inputs and norms(layout_of(self.merged))
-        return STEPS * -(-PROBES // GROUP) if moves else 0
+        trained = bool(weigher.inputs) and "training" not in without
+        return cls(weigher, merged, alone or merged, trained, without)
 
     def choose(self, fit: TaskFit, first: Fit, fresh: Fresh, trimmed: Trimmed, progress: Progress) -> Choice | None:
         """The best of ``first``, of smaller fits, which ``fresh`` makes, and none; a note says where less is kept.
@@ -230,12 +213,8 @@ class _Trial:
     """One task's network on some inputs, and the expert's own answers to them."""
 
     def __init__(self, guard: Guard, fit: TaskFit, weights: Mapping[str, float], progress: Progress) -> None:
-        size = sum(info.numel for info in fit.expert.tensors.values())
-        if size > LARGEST:
-            raise RetexError(f"{fit.expert.reference}: {size:,} parameters are too many to run beside a fit")
         self._guard, self._fit = guard, fit
-        self._network = guard.models.network(fit.task)
-        guard.models.load_expert(self._network, fit.task)
+        self._network = guard.weigher.models.filled(fit.task)
         steady = normalises(self._network.module)
         kinds, self._doubt = self._asked(steady, progress)
         self._examples = [example for kind in kinds for example in kind]
@@ -249,11 +228,11 @@ class _Trial:
 
     def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Sequence[Example]], _Doubt]:
         """What the network, which holds the expert, is asked, kind by kind, and how far its answers are believed."""
-        if given := self._guard.inputs.get(self._fit.task):
+        if given := self._guard.weigher.inputs.get(self._fit.task):
             return [given], TRAINED if self._guard.trained else OWN
+        if moved := self._guard.weigher.of(self._fit, progress).moved:
+            return [moved], MATCHED
         made = probes(self._network)
-        if made and (fitting := matched(self._network, made, self._guard.threads, progress)):
-            return [fitting], MATCHED
         return ([made], MADE) if steady else ([made, flat(made)], MADE_UNSTEADY)
 
     def choose(self, first: Fit, fresh: Fresh, trimmed: Trimmed) -> Choice:
@@ -290,11 +269,10 @@ class _Trial:
         return Choice(kept.data, kept.budget, len(self._examples), kept.mean, untouched, merged.mean)
 
     def _by_effect(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """What errors count for by their effect on the expert's answers, half-way (as geometric mean) to what they
-        count for by their energy alone: effects of errors as large as those of a small file are not in proportion."""
-        found = effects(self._network, self._examples[self._kinds[0]])
+        """See ``halfway``."""
+        found = halfway(effects(self._network, self._examples[self._kinds[0]]))
         ours = {self._network.own_name(theirs): name for name, theirs in self._fit.alignment.shared.items()}
-        known = {ours[name]: math.sqrt(effect) for name, effect in found.items() if name in ours}
+        known = {ours[name]: effect for name, effect in found.items() if name in ours}
         return {name: weight * weights.get(name, 1.0) for name, weight in known.items()}
 
     def _tried(self, data: bytes, budget: int, merged: Checkpoint | None = None) -> _Tried:
@@ -318,7 +296,7 @@ class _Trial:
             with self._network.inference():
                 return thinned(answer_of(self._network.module(**inputs))).cpu()
 
-        return run(self._network, self._examples, forward, BATCH, self._guard.threads, Silent()).whole()
+        return run(self._network, self._examples, forward, BATCH, self._guard.weigher.threads, Silent()).whole()
 
 
 def _mean(tried: _Tried) -> float:

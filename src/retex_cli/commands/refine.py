@@ -13,16 +13,17 @@ from torch.nn import functional
 from retex_cli.commands.expert_models import ExpertModels, read_inputs
 from retex_cli.commands.offsets_file import layout_of
 from retex_cli.commands.task_fit import TaskFit, Wish
+from retex_cli.commands.weigher import norm_layers
 from retex_cli.errors import UsageError
 from retex_cli.io.checkpoint import Checkpoint
 from retex_cli.io.digests import sha256_path
 from retex_cli.io.inputs import Example
-from retex_cli.models.batchnorm import batchnorm_layers, measure_batchnorm
+from retex_cli.models.batchnorm import measure_batchnorm
 from retex_cli.models.distil import Schedule, answer_loss, answer_of, distil, mixed
 from retex_cli.models.network import Network
 from retex_cli.models.processor import Inputs
 from retex_cli.models.student import Factors, Student
-from retex_cli.offsets.batchnorm import Norm, folded, norms
+from retex_cli.offsets.batchnorm import Norm, folded, weights
 from retex_cli.offsets.domain import from_domain, to_domain
 from retex_cli.offsets.fit import BudgetTooSmall, OffsetFitter
 from retex_cli.offsets.predict import Predictor
@@ -92,14 +93,13 @@ class Refiner:
 
     @classmethod
     def of(
-        cls, fits: Sequence[TaskFit], inputs: Mapping[str, RefineInputs], merged: Checkpoint, device: torch.device,
-        model: str | None, seed: int, threads: int, without: frozenset[str] = frozenset(),
+        cls, models: ExpertModels, inputs: Mapping[str, RefineInputs], merged: Checkpoint, seed: int, threads: int,
+        without: frozenset[str] = frozenset(),
     ) -> Refiner | None:  # fmt: skip
         """The refiner of these experts; None where there are no inputs to look at."""
         if not inputs:
             return None
-        experts, alignments = {fit.task: fit.expert for fit in fits}, {fit.task: fit.alignment for fit in fits}
-        return cls(ExpertModels(experts, alignments, device, model), inputs, merged, seed, threads, without)
+        return cls(models, inputs, merged, seed, threads, without)
 
     def work(self, task: str) -> int:
         """Steps of a task's training."""
@@ -130,7 +130,7 @@ class Refiner:
         except BudgetTooSmall:
             return fitter.finish()  # one component: nothing to train
         trainable, schedule = Trainable(kept, fitter.pivots), self._schedule(fit.task)
-        schedule = schedule.finer(fitter.left_out(kept))
+        schedule = schedule.finer(fitter.left_out(kept, weights(layout_of(self.merged))))
         self.models.load_merged(network, fit.task, self._merged(fit))
         student = Student(network.module)
         names = {name: network.own_name(fit.alignment.shared[name]) for name in trainable.names}
@@ -175,17 +175,11 @@ class Refiner:
 
     def _settle_batchnorm(self, fit: TaskFit, fitter: OffsetFitter, network: Network, rows: Sequence[Example]) -> None:
         """Measure the recovered network's running statistics and have the fitter aim at a layer that uses them."""
-        layers = {} if "statistics" in self.without else batchnorm_layers(network.module)
+        own = norm_layers(network, fit.alignment, layout_of(self.merged))
+        if not own or "statistics" in self.without:
+            return
         theirs = fit.alignment.shared
         names = {name: network.own_name(file) for name, file in theirs.items()}
-        own = {
-            norm: layers[names[norm.variance].removesuffix(".running_var")]
-            for norm in norms(layout_of(self.merged))
-            if names.get(norm.variance, "").removesuffix(".running_var") in layers
-            and all(name in names for name in norm.names)
-        }
-        if not own:
-            return
         expert = {name: fit.expert.read(theirs[name]).float() for norm in own for name in norm.names}
         self._aim(fitter, expert, {norm: layer.eps for norm, layer in own.items()})
         recovered = self._recovered(fit, fitter.finish()) | expert

@@ -20,8 +20,10 @@ from retex_cli.offsets.stream import Shape
 
 EPSILON = 1e-4
 """Assumed where no network says what its layers add to a variance: between torch's 1e-5 and TensorFlow's 1e-3."""
+NORM_WEIGHT = 1 / 4
+"""What an error in a layer's vectors counts of what its effect on answers says: statistics are small and many."""
 SHIFT_WEIGHT = 1 / 8
-"""What a squared error of a shift or of a factor's logarithm counts beside one in a convolution."""
+"""What a squared error of a shift or of a factor's logarithm usually counts beside one in a convolution."""
 DEPTHWISE_WEIGHT = 4.0
 """And one in a convolution of single channels, of whose few entries no errors average out."""
 LARGEST = 1e4
@@ -105,7 +107,7 @@ def folded(norm: Norm, expert: Read, merged: Read, epsilon: float) -> Folded:
 
 
 def weights(layout: Sequence[tuple[str, Shape]]) -> dict[str, float]:
-    """What errors count in a network with BatchNorm, by tensor name, where it is not 1."""
+    """What errors usually count in a network with BatchNorm, by tensor name, where it is not 1."""
     found = {name: SHIFT_WEIGHT for norm in norms(layout) for name in norm.names}
     if found:
         found |= {name: DEPTHWISE_WEIGHT for name, shape in layout if len(shape) == 4 and shape[1] == 1}

@@ -175,16 +175,16 @@ class OffsetFitter:
         """What ``finish`` keeps, as it is before it is coded, by tensor name. Raises ``BudgetTooSmall``."""
         return self._kept(self._within(self.budget)[0])
 
-    def left_out(self, kept: Mapping[str, Kept]) -> float:
-        """The share of all energy that is expected to be missing with ``kept``, by the weights of the tensors."""
+    def left_out(self, kept: Mapping[str, Kept], weights: Mapping[str, float]) -> float:
+        """The share of all energy that is expected to be missing with ``kept``, where that of tensors counts so."""
         missing = whole = 0.0
-        for (name, _), candidate in zip(self._layout, self.candidates(), strict=True):
+        for name in self._aims:
+            candidate, weight = self._of(name)[1], weights.get(name, 1.0)
             levels = kept[name].levels if name in kept else ()
             left = candidate.energies.copy()
             left[: len(levels)] *= 1 - candidate.kept[np.array(levels, dtype=np.int64)]
-            rest = candidate.rest * self.weights.get(name, 1.0)
-            missing += float(left.sum()) + rest
-            whole += float(candidate.energies.sum()) + rest
+            missing += weight * (float(left.sum()) + candidate.rest)
+            whole += weight * (float(candidate.energies.sum()) + candidate.rest)
         return missing / whole if whole else 0.0
 
     def _within(self, budget: int) -> tuple[Levels, bytes]:
