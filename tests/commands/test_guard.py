@@ -125,7 +125,7 @@ def test_what_is_nearer_by_chance_gives_way_on_inputs_of_the_task() -> None:
     smaller = guard._Tried(b"", 1, distances)
     lucky, better = (guard._Tried(b"", 2, share * luck * distances) for share in (0.98, 0.8))
     assert lucky.mean < smaller.mean
-    for doubt, gives_way in ((guard.OWN, True), (guard.MATCHED, False), (guard.MADE, False)):
+    for doubt, gives_way in ((guard.OWN, True), (guard.MATCHED, True), (guard.MADE, False)):
         assert lucky.worse(smaller, doubt.smaller, doubt.errors) == gives_way
         assert not better.worse(smaller, doubt.smaller, doubt.errors)
 

@@ -198,13 +198,14 @@ class _Doubt:
     errors: float
 
 
-MATCHED = _Doubt(smaller=1.0, merged=1.0, errors=CLEAR)
-"""On inputs whose BatchNorm statistics are the expert's own: what is surely nearer is taken."""
+MATCHED = _Doubt(smaller=1.0, merged=1.0, errors=-CLEAR)
+"""On inputs with the expert's own BatchNorm statistics more offsets have to be surely nearer than the next fewer."""
 MADE = _Doubt(smaller=SURE, merged=SURE, errors=CLEAR)
 MADE_UNSTEADY = _Doubt(smaller=UNSURE, merged=1 / SURE, errors=CLEAR)
 """Where nothing is normalised."""
 OWN = _Doubt(smaller=1.0, merged=1.0, errors=-CLEAR)
-"""On inputs of the task more offsets have to be surely nearer: fewer are a smaller file to the bit, so not worse."""
+"""On inputs of the task they have to be surely nearer than any fewer: these are a smaller file to the bit, so not
+worse."""
 TRAINED = _Doubt(smaller=1.0, merged=1.0, errors=0.0)
 """Of offsets that were trained on these inputs the mean divergence decides, which training lessens many times over."""
 
