@@ -85,6 +85,39 @@ def test_another_element_type_holds_the_rounded_values(made: Path, retex: Retex)
     assert holds(model, recovered(retex, "--task", "cars"))
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_experts_have_the_bits_of_a_fresh_recovery_and_are_rounded_once(
+    tmp_path: Path, retex: Retex, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    base = {"w.weight": torch.randn(700, 900), "w.bias": torch.randn(700)}
+    save_file({name: value.bfloat16() for name, value in base.items()}, "base.safetensors")
+    for task in ("cars", "dtd"):
+        expert = {name: (value + 0.05 * torch.randn(value.shape)).bfloat16() for name, value in base.items()}
+        save_file(expert, f"{task}.safetensors")
+    given = ("--expert", "cars=cars.safetensors", "--expert", "dtd=dtd.safetensors")
+    assert retex("merge", "--base", "base.safetensors", *given, "-o", "merged.safetensors").code == 0
+    assert retex("fit-offsets", "--merged", "merged.safetensors", *given, "--budget", "5%").code == 0
+    whole = recovered(retex, "--merged", "merged.safetensors", "--task", "cars", "--dtype", "float32")
+    monkeypatch.setattr("retex_cli.commands.offsets_file.has_fast_bf16", lambda device: fast)
+    fresh = recovered(retex, "--merged", "merged.safetensors", "--task", "cars")
+    rounded = {name: value.bfloat16() for name, value in whole.items()}
+    assert fresh.keys() == rounded.keys()
+    if fast:
+        lost = (fresh["w.weight"].float() - whole["w.weight"]).norm()
+        least = (rounded["w.weight"].float() - whole["w.weight"]).norm()
+        assert least < lost < 1.05 * least
+        assert torch.equal(fresh["w.bias"], rounded["w.bias"])
+    else:
+        assert all(torch.equal(fresh[name], rounded[name]) for name in fresh)
+    predictor = Predictor.load("merged.safetensors", "offsets.safetensors")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = nn.ModuleDict({"w": nn.Linear(900, 700)}).to(dtype)
+        predictor.apply_(model, "cars")
+        assert holds(model, fresh)
+
+
 def test_a_head_needs_a_place_or_is_left_out(made: Path) -> None:
     predictor = Predictor.load(*ARTEFACTS)
     model = AutoModel.from_pretrained("merged")

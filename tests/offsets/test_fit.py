@@ -164,6 +164,34 @@ def test_it_is_added_block_by_block_where_it_is_wanted(
     assert torch.equal(merged, wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "narrow"), [("a.weight", True), ("c.conv", True), ("f.wide", True), ("b.bias", False)]
+)
+def test_a_matrix_may_be_added_in_bfloat16_and_is_rounded_once(
+    deltas: dict[str, torch.Tensor], name: str, narrow: bool
+) -> None:
+    predictor = Predictor({"x": dict(decode(fit(deltas, 5000), LAYOUT))})
+    merged = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(3)).bfloat16().view(-1)
+    exact, found = (predictor.offset(name, {"x": 1.0}, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert exact is not None
+    assert found is not None
+    assert found.dtype == (torch.bfloat16 if narrow else torch.float32)
+    wanted, sums = exact.add_to(merged, 0), found.add_to(merged, 0)
+    assert sums.dtype == found.dtype
+    size = exact.add_to(torch.zeros_like(merged), 0).abs().max()  # of the offset, whose factors are rounded, too
+    assert bool(((sums.float() - wanted).abs() <= 2**-8 * wanted.abs() + 2**-6 * size).all())
+    mix = predictor.offset(name, {"x": 0.5}, CPU, torch.bfloat16)
+    assert mix is not None
+    assert mix.dtype == found.dtype, "one task is rounded once, whatever its share"
+
+
+def test_a_mix_of_tasks_is_added_in_float32(deltas: dict[str, torch.Tensor]) -> None:
+    coded = decode(fit(deltas, 900), LAYOUT)
+    found = Predictor({"x": coded, "y": coded}).offset("a.weight", {"x": 0.5, "y": 0.5}, CPU, torch.bfloat16)
+    assert found is not None
+    assert found.dtype == torch.float32
+
+
 def test_what_no_task_has_stays_the_tensor_it_is(deltas: dict[str, torch.Tensor]) -> None:
     predictor, merged = Predictor({"x": decode(fit(deltas, 900), LAYOUT)}), torch.ones(0, 4)
     assert predictor.add_to("e.empty", merged, {"x": 1.0}, CPU) is merged

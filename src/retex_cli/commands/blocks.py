@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from retex_cli.io.provenance import TensorDigest
@@ -16,8 +17,8 @@ class Block:
     """The elements of an expert's tensor from ``at`` on.
 
     ``make(merged, out)`` gives them flat, in the expert's type: from the elements ``source`` of the merged tensor, flat
-    and as stored (none where the task has them of its own); where sums are in float32 and that is the expert's type,
-    in ``out`` if that is given, which may be ``merged``. Blocks may be made side by side. ``check``, which only exact
+    and as stored (none where the task has them of its own); where ``sums`` are in the expert's type, in ``out`` if that
+    is given, which may be ``merged``. Blocks may be made side by side. ``check``, which only exact
     ones have, takes the SHA-256 of the tensor up to the end of this block and raises RetexError where that is not the
     expert's.
     """
@@ -26,6 +27,7 @@ class Block:
     source: Span
     make: Callable[[Tensor, Tensor | None], Tensor]
     check: Callable[[bytes], None] | None = None
+    sums: torch.dtype = torch.float32
 
 
 def take_in(digest: TensorDigest, block: Block, value: Tensor) -> None:

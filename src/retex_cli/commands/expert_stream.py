@@ -109,7 +109,7 @@ def _make(job: _Job, recovery: Recovery, writer: Writer, hashes: _Hashes, room: 
         keep = hashes.want(job.part)
         held = keep or writer.in_order  # by others, when the next block is read
         merged = recovery.file.source(job.part, block, None if held else room.bytes)
-        in_place = not keep and recovery.device.type == "cpu" and merged.dtype == job.part.spec.dtype == torch.float32
+        in_place = not keep and recovery.device.type == "cpu" and merged.dtype == job.part.spec.dtype == block.sums
         value = block.make(merged, merged if in_place else None)
         data = value.to("cpu", job.part.spec.dtype)
         if not writer.in_order:

@@ -106,8 +106,8 @@ class Guard:
         cls, fits: Sequence[TaskFit], weigher: Weigher, merged: Checkpoint, progress: Progress,
         without: frozenset[str] = frozenset(), alone: Checkpoint | None = None,
     ) -> Guard | None:  # fmt: skip
-        """The guard of these experts; None where nothing is to be compared
-        or what is recovered is exact, and, said in a note, where there is no network to run."""
+        """The guard of these experts; None where nothing is to be compared or what is recovered is exact, and, said in a
+        note, where there is no network to run."""
         if "compare" in without or all(fit.lossless for fit in fits):
             return None
         bare = [fit for fit in fits if "config.json" not in fit.expert.side_files()]

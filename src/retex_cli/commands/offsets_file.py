@@ -26,6 +26,7 @@ from retex_cli.errors import RetexError
 from retex_cli.io.checkpoint import Checkpoint, TensorInfo
 from retex_cli.io.provenance import TensorDigest, fingerprint
 from retex_cli.io.writer import TensorSpec
+from retex_cli.models.device import has_fast_bf16
 from retex_cli.offsets.blocks import columns_of, spans
 from retex_cli.offsets.coder import CorruptOffsets
 from retex_cli.offsets.fixed import prediction
@@ -215,7 +216,8 @@ class OffsetsFile:
         """How one part is made, in order.
 
         Where ``is_exact`` its blocks are the expert's tensor in the expert's own type, on the CPU, and RetexError if
-        they would not be. Otherwise sums are in float32, on ``device``; what has no offset stays where it is.
+        they would not be. Otherwise sums are in float32 (see ``_sums_in``), on ``device``; what has no offset stays
+        where it is.
         """
         spec, name = part.spec, part.merged
         if name is None:
@@ -225,9 +227,10 @@ class OffsetsFile:
         if self.is_exact(embedding, head) and info.dtype.is_floating_point:
             yield from self._exact(spec.name, info, predictor.factors(head, name), head)
         else:
-            offset = predictor.offset(name, embedding, device)
+            offset = predictor.offset(name, embedding, device, _sums_in(info.dtype, spec.dtype, device))
+            sums = torch.float32 if offset is None else offset.dtype
             for start, stop in spans(info.shape, device):
-                yield Block(start, (start, stop), partial(_sum, offset, start, spec.dtype))
+                yield Block(start, (start, stop), partial(_sum, offset, start, spec.dtype), sums=sums)
         if info.shape != spec.shape:
             yield self._stored(head, f"rows/{head}/{spec.name}", info.numel)
 
@@ -292,6 +295,13 @@ class OffsetsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _sums_in(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """float32; bfloat16 where that is what is read and written and products in it take a processor half the time. They
+    are summed in float32, and the expert's values are rounded once either way."""
+    narrow = stored == wanted == torch.bfloat16 and device.type == "cpu" and has_fast_bf16(device)
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _sum(offset: Offset | None, start: int, dtype: torch.dtype, merged: Tensor, out: Tensor | None) -> Tensor:

@@ -207,7 +207,7 @@ class Predictor:
 
     def _sum_in(self, place: Tensor, part: Part, block: Block) -> Tensor | None:
         """Where the sum belongs, if it can be made there, which saves a copy."""
-        here = place.dtype == torch.float32 and place.device == self._device and place.is_contiguous()
+        here = place.dtype == part.spec.dtype == block.sums and place.device == self._device and place.is_contiguous()
         stop = block.source[1]
         return place.view(-1)[block.at : stop] if here and block.at < stop <= place.numel() else None
 

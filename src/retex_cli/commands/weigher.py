@@ -74,14 +74,15 @@ class Weigher:
         place = f"{WEIGHED}{fit.task}"
         if fit.lossless or not norms(self.layout):
             return Weighed(weights(self.layout), {})
-        if self.scratch.get(place) is None:
+        piece = self.scratch.get(place)
+        if piece is None:
             found = self._asked(fit, progress)
             tensors = [example.tensors or {} for example in found.moved]
             stacked = {name: torch.stack([each[name] for each in tensors]) for name in (tensors[0] if tensors else ())}
             texts = {"weights": json.dumps(found.weights), "epsilons": json.dumps(found.epsilons)}
             self.scratch.put(place, stacked, texts)
-        piece = self.scratch.get(place)
-        assert piece is not None, "it was put there just now"
+            piece = self.scratch.get(place)
+            assert piece is not None, "it was put there just now"
         kept, told = piece
         moved = tuple(Example(tensors={name: row}, source=SOURCE) for name, rows in kept.items() for row in rows)
         return Weighed(json.loads(told["weights"]), json.loads(told["epsilons"]), moved)

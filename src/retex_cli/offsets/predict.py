@@ -22,24 +22,31 @@ Embedding = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Offset:
-    """What an embedding adds to tensor ``name``: shares of tasks and their factors, on the device that adds them."""
+    """What an embedding adds to tensor ``name``: shares of tasks and their factors, on the device that adds them and of
+    the type that they are added in."""
 
     name: str
     shares: Sequence[tuple[float, Factors]]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ``add_to`` gives."""
+        return self.shares[0][1].left.dtype
+
     def add_to(self, merged: Tensor, start: int, out: Tensor | None = None) -> Tensor:
-        """The merged tensor's elements from ``start`` on, flat, with their offset: float32, in ``out`` where given.
+        """The merged tensor's elements from ``start`` on, flat, with their offset: in ``out`` where given.
 
         That may be ``merged``."""
         device = self.shares[0][1].left.device
-        value = to_domain(self.name, merged.to(device))
+        narrow = self.dtype != torch.float32  # of no variance, see ``Predictor.offset``
+        value = merged.to(device, self.dtype) if narrow else to_domain(self.name, merged.to(device))
         if out is None:
             value = value.clone() if value is merged else value
         elif out is not value:
             value = out.copy_(value)
         for share, factors in self.shares:
             factors.add_to(value, start, share)
-        return from_domain(self.name, value)
+        return value if narrow else from_domain(self.name, value)
 
 
 class Together(Mapping[str, Factors]):
@@ -78,14 +85,19 @@ class Predictor:
         """The decoded components of one task's offset of tensor ``name``; None if it has none."""
         return self._factors[task].get(name)
 
-    def offset(self, name: str, embedding: Embedding, device: torch.device) -> Offset | None:
+    def offset(
+        self, name: str, embedding: Embedding, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Offset | None:
         """The offset of tensor ``name``; None where no task has one.
 
-        Tasks are added in sorted order, so the same embedding always gives the same bits.
+        Tasks are added in sorted order, so the same embedding always gives the same bits. ``dtype``: what a matrix may
+        be added in where it is rounded but once, so not to a mix; everything else is added in float32.
         """
         held = {task: self._factors[task].get(name) for task in sorted(embedding) if embedding[task] != 0}
-        shares = [(embedding[task], factors.to(device)) for task, factors in held.items() if factors is not None]
-        return Offset(name, shares) if shares else None
+        shares = [(embedding[task], factors) for task, factors in held.items() if factors is not None]
+        once = len(shares) == 1 and shares[0][1].right is not None
+        moved = [(share, factors.to(device, dtype if once else torch.float32)) for share, factors in shares]
+        return Offset(name, moved) if moved else None
 
     def add_to(self, name: str, merged: Tensor, embedding: Embedding, device: torch.device) -> Tensor:
         """``merged`` with its offset, float32 on ``device``; the very tensor, wherever it is, where no task has one."""

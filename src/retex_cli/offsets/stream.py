@@ -110,14 +110,15 @@ def _differences(values: list[int]) -> coder.Integers:
 
 @dataclass(frozen=True)
 class Factors:
-    """Decoded components of one tensor: float32 ``left`` [m, k] and ``right`` [k, n], None for one-dimensional ones."""
+    """Decoded components of one tensor: ``left`` [m, k] and ``right`` [k, n], None for one-dimensional ones; float32
+    unless they were rounded."""
 
     left: Tensor
     right: Tensor | None
 
     def add_to(self, total: Tensor, start: int, share: float = 1.0) -> Tensor:
-        """``total``, float32 and flat on the factors' device, with ``share`` of the offset's elements from ``start`` on
-        added to it in place: whole rows, or part of one.
+        """``total``, flat, of the factors' type and on their device, with ``share`` of the offset's elements from
+        ``start`` on added to it in place: whole rows, or part of one.
 
         The bits of a sum depend on its shape, so what must have the same ones asks for the same elements.
         """
@@ -134,9 +135,9 @@ class Factors:
         """Bytes of memory."""
         return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
 
-    def to(self, device: torch.device) -> Factors:
-        """The same on another device."""
-        return Factors(self.left.to(device), None if self.right is None else self.right.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Factors:
+        """The same on another device, or rounded to another type."""
+        return Factors(self.left.to(device, dtype), None if self.right is None else self.right.to(device, dtype))
 
 
 def decode(data: bytes, layout: Sequence[tuple[str, Shape]]) -> Mapping[str, Factors]:
