@@ -233,6 +233,13 @@ def test_a_shared_budget_follows_answers_where_they_are_looked_at(here: Path, re
     assert abs(sum(budgets["weights"]) - sum(budgets["answers"])) <= 2
 
 
+@pytest.mark.parametrize(("flags", "times"), [((), 1), (("--without", "compare"), 0)])
+def test_texts_made_without_data_are_doubted_once(made: Path, retex: Retex, flags: tuple[str, ...], times: int) -> None:
+    fitted = retex("fit-offsets", "--budget", "20%", *flags, "-o", "other.safetensors")
+    assert fitted.code == 0, fitted.err
+    assert fitted.err.count("inputs made without data show large differences alone") == times
+
+
 def test_inputs_that_cannot_be_moved_are_doubted_and_that_is_said_once(here: Path, retex: Retex) -> None:
     assert retex("merge", "-w", here).code == 0
     (here / "bytes_alone.py").write_text(MODULE.replace("pixel_values.float()", "(pixel_values >> 0).float()"))

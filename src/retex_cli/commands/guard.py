@@ -47,6 +47,11 @@ SURE = 3.0
 """How many times nearer is believed of inputs made without data, whatever the network: fewer offsets in one that
 normalises, any offsets in one that does not, on flat images, too (there a network half way may be the worse for it on
 inputs that look otherwise). Inputs that BatchNorm's statistics were matched by are believed as they are."""
+UNMATCHED = (
+    "no inputs could be made that fit the network's BatchNorm statistics: more offsets may answer worse than fewer"
+)
+LITTLE = "inputs made without data show large differences alone: more offsets may answer a little worse than fewer"
+"""What is said where a larger file may still be worse than a smaller one."""
 BATCH = 8
 """Inputs in one pass: few, so that passes stand side by side."""
 
@@ -106,8 +111,8 @@ class Guard:
         cls, fits: Sequence[TaskFit], weigher: Weigher, merged: Checkpoint, progress: Progress,
         without: frozenset[str] = frozenset(), alone: Checkpoint | None = None,
     ) -> Guard | None:  # fmt: skip
-        """The guard of these experts; None where nothing is to be compared or what is recovered is exact, and, said in a
-        note, where there is no network to run."""
+        """The guard of these experts; None where nothing is to be compared or what is recovered is exact, and, said in
+        a note, where there is no network to run."""
         if "compare" in without or all(fit.lossless for fit in fits):
             return None
         bare = [fit for fit in fits if "config.json" not in fit.expert.side_files()]
@@ -133,10 +138,7 @@ class Guard:
             return None
         if trial.doubtful and not self._doubted:
             self._doubted.append(fit.task)
-            progress.note(
-                "no inputs could be made that fit the network's BatchNorm statistics, so more offsets may still answer "
-                "worse than fewer: --refine compares them on the tasks' inputs"
-            )
+            progress.note(f"{trial.doubtful}; --refine compares them on the tasks' inputs")
         found = trial.choose(first, fresh, trimmed)
         if found.budget < first.budget:
             kept = f"those within {found.budget:,} bytes ({found.distance:.3g}) are" if found.budget else "none are"
@@ -225,7 +227,8 @@ class _Trial:
         self._kinds = [slice(end - len(kind), end) for kind, end in zip(kinds, ends, strict=True) if kind]
         self._wanted = self._answers()
         self._ways = [weights] if steady or "effects" in guard.without else [weights, self._by_effect(weights)]
-        self.doubtful = self._doubt is MADE and bool(batchnorm_layers(self._network.module))
+        unmatched = bool(batchnorm_layers(self._network.module))
+        self.doubtful = (UNMATCHED if unmatched else LITTLE) if self._doubt is MADE else ""
 
     def _asked(self, steady: bool, progress: Progress) -> tuple[Sequence[Sequence[Example]], _Doubt]:
         """What the network, which holds the expert, is asked, kind by kind, and how far its answers are believed."""
