@@ -185,11 +185,15 @@ def test_a_matrix_may_be_added_in_bfloat16_and_is_rounded_once(
     assert mix.dtype == found.dtype, "one task is rounded once, whatever its share"
 
 
-def test_a_mix_of_tasks_is_added_in_float32(deltas: dict[str, torch.Tensor]) -> None:
+def test_mixes_and_variances_are_added_in_float32(deltas: dict[str, torch.Tensor]) -> None:
     coded = decode(fit(deltas, 900), LAYOUT)
-    found = Predictor({"x": coded, "y": coded}).offset("a.weight", {"x": 0.5, "y": 0.5}, CPU, torch.bfloat16)
-    assert found is not None
-    assert found.dtype == torch.float32
+    predictor = Predictor(
+        {"x": {"w": coded["a.weight"], "running_var": coded["a.weight"]}, "y": {"w": coded["a.weight"]}}
+    )
+    for name, embedding in (("w", {"x": 0.5, "y": 0.5}), ("running_var", {"x": 1.0})):
+        found = predictor.offset(name, embedding, CPU, torch.bfloat16)
+        assert found is not None
+        assert found.dtype == torch.float32
 
 
 def test_what_no_task_has_stays_the_tensor_it_is(deltas: dict[str, torch.Tensor]) -> None:

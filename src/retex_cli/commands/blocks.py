@@ -17,10 +17,9 @@ class Block:
     """The elements of an expert's tensor from ``at`` on.
 
     ``make(merged, out)`` gives them flat, in the expert's type: from the elements ``source`` of the merged tensor, flat
-    and as stored (none where the task has them of its own); where ``sums`` are in the expert's type, in ``out`` if that
-    is given, which may be ``merged``. Blocks may be made side by side. ``check``, which only exact
-    ones have, takes the SHA-256 of the tensor up to the end of this block and raises RetexError where that is not the
-    expert's.
+    and as stored (none where the task has them of its own); where ``sums`` are made in the expert's type, in ``out`` if
+    that is given, which may be ``merged``. Blocks may be made side by side. ``check``, which only exact ones have,
+    takes the SHA-256 of the tensor up to the end of this block and raises RetexError where that is not the expert's.
     """
 
     at: int

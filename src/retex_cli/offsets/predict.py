@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retex_cli.offsets.blocks import spans
-from retex_cli.offsets.domain import from_domain, to_domain
+from retex_cli.offsets.domain import from_domain, is_variance, to_domain
 from retex_cli.offsets.stream import Factors
 
 Embedding = Mapping[str, float]
@@ -38,7 +38,7 @@ class Offset:
 
         That may be ``merged``."""
         device = self.shares[0][1].left.device
-        narrow = self.dtype != torch.float32  # of no variance, see ``Predictor.offset``
+        narrow = self.dtype != torch.float32  # which no variance is: see ``Predictor.offset``
         value = merged.to(device, self.dtype) if narrow else to_domain(self.name, merged.to(device))
         if out is None:
             value = value.clone() if value is merged else value
@@ -95,7 +95,7 @@ class Predictor:
         """
         held = {task: self._factors[task].get(name) for task in sorted(embedding) if embedding[task] != 0}
         shares = [(embedding[task], factors) for task, factors in held.items() if factors is not None]
-        once = len(shares) == 1 and shares[0][1].right is not None
+        once = len(shares) == 1 and shares[0][1].right is not None and not is_variance(name)
         moved = [(share, factors.to(device, dtype if once else torch.float32)) for share, factors in shares]
         return Offset(name, moved) if moved else None
 
